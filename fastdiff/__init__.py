@@ -1,0 +1,31 @@
+"""fastdiff: sprites from noise, as fast as the hardware allows.
+
+    ckpt = fastdiff.load("sprites")
+    images = ckpt.sampler(steps=20)(64, seed=0, labels=0, guidance=2.0)      # fp32 [64, 3, 16, 16] in [-1, 1]
+
+Importing it needs neither a GPU nor Triton.
+"""
+
+from . import solvers
+from .checkpoint import Checkpoint, CheckpointError, load
+from .data import DataError
+from .noise import add_noise, normal
+from .sampler import Sampler
+from .schedules import Schedule
+from .unet import UNet, UNetConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "DataError",
+    "Sampler",
+    "Schedule",
+    "UNet",
+    "UNetConfig",
+    "add_noise",
+    "load",
+    "normal",
+    "solvers",
+]

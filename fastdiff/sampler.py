@@ -1,0 +1,331 @@
+"""The reverse process: pure noise in, images out, by static buffers, one fused update a row and micro-batches of one fixed shape."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import functools
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import ops, solvers
+from .noise import counter, signed
+from .schedules import Schedule
+
+# Images per model call when micro_batch is "auto". CPU: activations of one core stay in its L2 (32 was fastest of 16, 32, 64, 128).
+# CUDA: enough to fill the chip; one shape for all, so that images do not depend on how many are asked for.
+AUTO_ROWS = {"cpu": 32, "cuda": 1024}
+
+Callback = Callable[[int, Tensor], None]
+
+
+class _Loop:
+    """The buffers of one micro-batch shape and one step over them. Nothing in `step` allocates state, reads the device or branches on it."""
+
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        size: int,
+        shape: tuple[int, ...],
+        device: torch.device,
+        dtype: torch.dtype,
+        conditional: bool,
+        guided: bool,
+    ) -> None:
+        self.model, self.size, self.guided = model, size, guided
+        rows = 2 * size if guided else size
+        self.x = torch.zeros(size, *shape, device=device)
+        self.x0 = torch.zeros_like(self.x)
+        self.model_input = torch.zeros(rows, *shape, device=device, dtype=dtype)
+        self.labels = torch.zeros(rows, device=device, dtype=torch.int64) if conditional else None
+        self.seeds = torch.zeros(size, device=device, dtype=torch.int64)
+        self.ids = torch.zeros(size, device=device, dtype=torch.int64)
+        self.guidance = torch.ones(size, device=device)
+        self.row = torch.zeros(1, device=device, dtype=torch.int64)
+        self.start = counter("start", 0, device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def load(self, table: solvers.Table) -> None:
+        """Take a solver's rows."""
+        self.table, self.timesteps = table.tensors(self.x.device)
+        self.scale = table.start
+
+    def begin(self, seeds: Tensor, ids: Tensor, labels: Tensor | None, guidance: Tensor, null: int) -> None:
+        """Start samples: x_T from the noise stream. Fewer than `size` are filled up with the last one."""
+        pad = torch.arange(self.size, device=self.x.device).clamp(max=len(ids) - 1)
+        self.seeds.copy_(seeds[pad])
+        self.ids.copy_(ids[pad])
+        self.guidance.copy_(guidance[pad])
+        if self.labels is not None and labels is not None:
+            self.labels[: self.size].copy_(labels[pad])
+            self.labels[self.size :].fill_(null)
+        self.row.zero_()
+        self.x.copy_(self.scale * ops.normal(self.seeds, self.ids, self.start, self.x[0].numel()).reshape(self.x.shape))
+        self.model_input.copy_(self.x.repeat(2 if self.guided else 1, *[1] * (self.x.ndim - 1)))
+
+    def step(self) -> None:
+        t = self.timesteps[self.row].expand(len(self.model_input))
+        m = self.model(self.model_input, t) if self.labels is None else self.model(self.model_input, t, self.labels)
+        ops.solver_step(self.x, self.x0, m.contiguous(), self.model_input, self.table, self.row, self.seeds, self.ids, self.guidance)
+        self.row.add_(1)
+
+    def capture(self) -> None:
+        """Record `step` as a CUDA graph; `replay` then costs one launch. Everything it reads is a static buffer, so any solver of as many rows fits."""
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.row.zero_()
+                self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.row.zero_()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.step()
+
+    def advance(self) -> None:
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self.step()
+
+
+class Sampler:
+    """Samples from any network called `model(x, t)` or `model(x, t, labels)`; see `__call__`.
+
+    model: a torch.nn.Module; x is [rows, *shape] in `dtype`, t int64 [rows], labels int64 [rows] with `num_classes` as the null class.
+    prediction: what it returns, "epsilon", "v" or "x0". solver, steps and `options` (spacing, eta, variance): see `fastdiff.solvers`.
+    clip: x_0 is clamped to [-clip, clip], None for not. device, dtype: default where the model's parameters are, and fp32 on the CPU, bf16 on
+    CUDA; the model is copied when they differ from its own. compile: "auto" compiles on CUDA and runs eagerly on the CPU. micro_batch: images
+    worked on at a time, "auto" for the device's best. All work is done in micro-batches of this one shape, the last one filled up, so an
+    image depends on its seed and id, not on how many are made with it. On the CPU each core runs its own micro-batches on one thread, so it
+    does not depend on the number of threads either.
+
+    ValueError for whatever does not fit, in one line that says what would.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        shape: Sequence[int] = (3, 16, 16),
+        prediction: str = "epsilon",
+        solver: str = "ddim",
+        steps: int = 20,
+        num_classes: int | None = None,
+        clip: float | None = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        compile: bool | str = "auto",
+        micro_batch: int | str = "auto",
+        **options: Any,
+    ) -> None:
+        own = next(model.parameters(), torch.empty(0))
+        self.device = torch.device(device) if device is not None else own.device
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        if not self.dtype.is_floating_point:
+            raise ValueError(f"dtype is {self.dtype}; give float32, bfloat16 or float16")
+        if micro_batch != "auto" and (not isinstance(micro_batch, int) or isinstance(micro_batch, bool) or micro_batch < 1):
+            raise ValueError(f'micro_batch is {micro_batch!r}; give a whole number of at least 1, or "auto"')
+        if compile not in (True, False, "auto"):
+            raise ValueError(f'compile is {compile!r}; give True, False or "auto"')
+        self.table = solvers.table(solver, schedule, steps=steps, prediction=prediction, clip=clip, **options)
+        self.shape, self.num_classes, self.micro_batch = tuple(shape), num_classes, micro_batch
+        self.compile = self.device.type == "cuda" if compile == "auto" else bool(compile)
+        if (own.device, own.dtype) != (self.device, self.dtype):
+            model = copy.deepcopy(model).to(self.device, self.dtype)
+        self.model = model
+        self._call: Callable[..., Tensor] = _compiled(model) if self.compile else model
+        self._loops: dict[tuple[int, bool], list[_Loop]] = {}
+
+    @property
+    def steps(self) -> int:
+        """Network evaluations per image (twice as many images each, with guidance)."""
+        return len(self.table)
+
+    def size(self, guided: bool) -> int:
+        """Images per micro-batch."""
+        if isinstance(self.micro_batch, int):
+            return self.micro_batch
+        return AUTO_ROWS.get(self.device.type, 64) // (2 if guided else 1)
+
+    def warmup(self, guided: bool = False, workers: int = 1) -> float:
+        """Build what the first call would: buffers, compiled code, the CUDA graph. Returns the seconds it took."""
+        began = time.perf_counter()
+        loops = self._loops.setdefault((self.size(guided), guided), [])
+        while len(loops) < workers:
+            loop = _Loop(self._call, self.size(guided), self.shape, self.device, self.dtype, self.num_classes is not None, guided)
+            loop.load(self.table)
+            loops.append(loop)
+            if self.device.type == "cuda":
+                with torch.cuda.device(self.device), torch.inference_mode():
+                    loop.capture()
+                    torch.cuda.synchronize()
+            elif self.compile and len(loops) == 1:
+                with torch.inference_mode(), _one_thread():
+                    loop.step()
+        return time.perf_counter() - began
+
+    def __call__(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        first: int = 0,
+        seeds: Sequence[int] | Tensor | None = None,
+        labels: int | Sequence[int] | Tensor | None = None,
+        guidance: float | Sequence[float] | Tensor = 1.0,
+        callback: Callback | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """n images, fp32 [n, *shape], in [-1, 1] where x_0 is clamped to that.
+
+        Image i is sample `first + i` of `seed`, or, with seeds, sample 0 of seeds[i]. labels: a class, or one per image; None for the null
+        class. guidance: w of classifier-free guidance (Ho & Salimans 2022) as m_u + w (m_c - m_u), one number or one per image: 1 is none, and
+        costs one evaluation rather than two. callback(row, x0): after every row of every micro-batch, with its current guess of x_0, fp32
+        [up to micro_batch, *shape], a buffer that the next row overwrites. progress: a bar with the time left.
+
+        ValueError for arguments that do not fit, and for a network whose result is not finite (the sample is named).
+        """
+        if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+            raise ValueError(f"the number of images is {n!r}; give a whole number of at least 0")
+        seed_column, ids = self._samples(n, seed, first, seeds)
+        label_column = self._labels(n, labels)
+        weights = torch.as_tensor(guidance, dtype=torch.float32).cpu()
+        if weights.shape not in ((), (n,)) or not weights.isfinite().all():
+            raise ValueError(f"guidance must be one finite number, or one per image, [{n}]")
+        weights = weights.expand(n).contiguous()
+        guided = bool((weights != 1).any())
+        if guided and (self.num_classes is None or labels is None):
+            raise ValueError("guidance needs labels, and a network with classes and a null class (num_classes)")
+
+        size = self.size(guided)
+        starts = range(0, n, size)
+        threads = min(torch.get_num_threads(), len(starts)) if self.device.type == "cpu" and callback is None else 1
+        self.warmup(guided, threads)
+        loops = self._loops[size, guided]
+        out = torch.empty(n, *self.shape, device=self.device)
+        seed_column, ids, weights = seed_column.to(self.device), ids.to(self.device), weights.to(self.device)
+        label_column = None if label_column is None else label_column.to(self.device)
+        bar = tqdm(total=len(starts) * self.steps, unit="step", disable=not progress, leave=False, smoothing=0.1)
+        null = self.num_classes or 0
+
+        def work(loop: _Loop, start: int) -> Iterator[None]:
+            stop = min(start + size, n)
+            label_part = None if label_column is None else label_column[start:stop]
+            loop.begin(seed_column[start:stop], ids[start:stop], label_part, weights[start:stop], null)
+            for row in range(self.steps):
+                loop.advance()
+                if callback is not None:
+                    callback(row, loop.x0[: stop - start])
+                bar.update()
+                yield
+            images = loop.x[: stop - start]
+            finite = images.isfinite().flatten(1).all(1)
+            if not finite.all():
+                raise ValueError(f"the network gave numbers that are not finite for sample {first + start + int(finite.int().argmin())}")
+            out[start:stop].copy_(images)
+
+        training = self.model.training
+        self.model.eval()
+        try:
+            with bar:
+                if self.device.type == "cuda":
+                    with torch.cuda.device(self.device), torch.inference_mode():
+                        for start in starts:
+                            collections.deque(work(loops[0], start), maxlen=0)
+                else:
+                    _share(starts, [functools.partial(work, loop) for loop in loops[:threads]])
+        finally:
+            self.model.train(training)
+        return out
+
+    def _samples(self, n: int, seed: int, first: int, seeds: Sequence[int] | Tensor | None) -> tuple[Tensor, Tensor]:
+        if seeds is None:
+            return torch.full((n,), signed(int(seed))), torch.arange(n) + signed(int(first))
+        column = (
+            seeds.cpu().to(torch.int64) if isinstance(seeds, Tensor) else torch.tensor([signed(int(s)) for s in seeds], dtype=torch.int64)
+        )
+        if column.shape != (n,):
+            raise ValueError(f"seeds has shape {list(column.shape)} for {n} images; give one seed per image")
+        if seed != 0 or first != 0:
+            raise ValueError("give either seeds, one per image, or seed and first")
+        return column, torch.zeros(n, dtype=torch.int64)
+
+    def _labels(self, n: int, labels: int | Sequence[int] | Tensor | None) -> Tensor | None:
+        if self.num_classes is None:
+            if labels is not None:
+                raise ValueError("labels were given, but this network has no classes (num_classes is None)")
+            return None
+        column = torch.as_tensor(self.num_classes if labels is None else labels).cpu()
+        if column.is_floating_point() or column.shape not in ((), (n,)):
+            raise ValueError(f"labels must be one class number, or one per image, [{n}]")
+        if n and not 0 <= int(column.min()) <= int(column.max()) <= self.num_classes:
+            raise ValueError(f"labels must lie in 0 .. {self.num_classes - 1} (or be {self.num_classes}, the null class)")
+        return column.to(torch.int64).expand(n).contiguous()
+
+
+def _compiled(model: nn.Module) -> Callable[..., Tensor]:
+    import torch._inductor  # slow to import, and only needed here
+
+    # Not "reduce-overhead": its outputs are overwritten by the next run, and x feeds back. The whole step is captured here instead.
+    options = torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
+    if hasattr(torch._inductor.config, "loop_reindexing_after_fusion"):
+        options["loop_reindexing_after_fusion"] = False  # on, it makes upsample + convolution up to 6 times slower (pytorch issue 189488)
+    return torch.compile(model, options=options, dynamic=False)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """This thread's operations on one core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _share(starts: Sequence[int], workers: Sequence[Callable[[int], Iterator[None]]]) -> None:
+    """Let each worker, on a thread and a core of its own, take starts until none are left. An error or Ctrl-C stops all after their row."""
+    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for start in starts:
+        todo.put(start)
+    stop, errors = threading.Event(), []
+
+    def loop(work: Callable[[int], Iterator[None]]) -> None:
+        try:
+            with torch.inference_mode(), _one_thread(), contextlib.suppress(queue.Empty):
+                while not stop.is_set():
+                    for _ in work(todo.get_nowait()):
+                        if stop.is_set():
+                            return
+        except BaseException as e:
+            errors.append(e)
+            stop.set()
+
+    threads = [threading.Thread(target=loop, args=(work,), daemon=True) for work in workers]
+    before = torch.get_num_threads()
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        # One thread a worker is a setting of the process, too: threads started from now on would take it over.
+        torch.set_num_threads(before)
+    if errors:
+        raise errors[0]

@@ -1,0 +1,447 @@
+"""Train the network: `python -m fastdiff.train`. A step is a function of the settings and its number, so a resumed run continues exactly."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from . import cli, data, ops
+from .checkpoint import Checkpoint, CheckpointError, read_tensors, write_tensors
+from .files import atomic_write, make_folder
+from .noise import counter, noise_table, signed
+from .schedules import Schedule
+from .unet import UNet, UNetConfig
+
+PROG = "python -m fastdiff.train"
+STATE, CHECKPOINT = "state.safetensors", "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the weights. Two runs with equal settings, data and machine give equal weights, interrupted or not."""
+
+    steps: int = 12_000
+    batch: int = 128
+    lr: float = 1.5e-3
+    warmup: int = 200
+    decay: float = 0.3
+    ema: float = 0.999
+    drop_label: float = 0.1
+    balance: float = 0.5
+    flip: bool = False
+    seed: int = 0
+    schedule: str = "cosine"
+    timesteps: int = 500
+    prediction: str = "v"
+    channels: tuple[int, ...] = (64, 128)
+    patch: int = 2
+    blocks: int = 2
+    middle: int = 1
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Warm-up, a constant stretch, then a line to 0 over the last `decay` of the steps."""
+    rise = (step + 1) / settings.warmup if step < settings.warmup else 1.0
+    left = (settings.steps - step) / max(settings.decay * settings.steps, 1)
+    return settings.lr * min(rise, left, 1.0)
+
+
+@dataclass
+class Pool:
+    """The training images on the device, and how examples are drawn from them."""
+
+    images: Tensor  # uint8 [M, H, W, C]
+    labels: Tensor | None  # int64 [M]
+    share: Tensor  # float64 [M], rising to 1: which part of the unit interval draws which image
+
+    @staticmethod
+    def of(dataset: data.Dataset, balance: float, device: torch.device) -> Pool:
+        """balance: a class of m images is drawn in proportion to m^balance, so 1 is as they come and 0 every class alike."""
+        weight = np.ones(len(dataset))
+        if dataset.labels is not None:
+            count = np.bincount(dataset.labels, minlength=len(dataset.classes))
+            weight = np.maximum(count, 1).astype(np.float64)[dataset.labels] ** (balance - 1)
+        share = np.cumsum(weight) / weight.sum()
+        labels = None if dataset.labels is None else torch.from_numpy(dataset.labels).to(device)
+        return Pool(torch.from_numpy(dataset.images).to(device), labels, torch.from_numpy(share).to(device))
+
+    def draw(self, settings: Settings, examples: Tensor, seeds: Tensor, null: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Examples by number, int64 [B] -> (x_0 fp32 [B, C, H, W], timesteps int64 [B], labels int64 [B]).
+
+        The four words of one Philox call say timestep, image, label dropout (Ho & Salimans 2022, algorithm 1) and flip.
+        """
+        words = ops.noise_words(seeds, examples, counter("draw", 0, examples.device), 1)[:, 0]  # [B, 4]
+        t = words[:, 0] * settings.timesteps >> 32
+        uniform = (words[:, 1:3].double() + 0.5) * 2.0**-32
+        index = torch.searchsorted(self.share, uniform[:, 0].contiguous()).clamp(max=len(self.share) - 1)
+        x0 = data.to_float(self.images[index], words[:, 3] >> 31 == 1 if settings.flip else None)
+        labels = None if self.labels is None else torch.where(uniform[:, 1] < settings.drop_label, null, self.labels[index])
+        return x0, t, labels
+
+
+@dataclass
+class Run:
+    """A training run in progress: everything that its next step depends on."""
+
+    settings: Settings
+    schedule: Schedule
+    classes: tuple[str, ...]
+    model: UNet
+    ema: UNet
+    optimizer: torch.optim.AdamW
+    step: int = 0
+    seconds: float = 0.0
+    history: list[tuple[int, float]] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)  # since the last entry of history
+
+    @staticmethod
+    def new(settings: Settings, dataset: data.Dataset, device: torch.device) -> Run:
+        config = UNetConfig(
+            dataset.shape,
+            settings.patch,
+            settings.channels,
+            settings.blocks,
+            settings.middle,
+            num_classes=len(dataset.classes) or None,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            model = UNet(config)
+        model = model.to(device)
+        ema = copy.deepcopy(model).eval().requires_grad_(False)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, fused=True)
+        schedule = Schedule.from_config({"name": settings.schedule, "timesteps": settings.timesteps})
+        return Run(settings, schedule, dataset.classes, model, ema, optimizer)
+
+    def checkpoint(self, record: dict[str, Any]) -> Checkpoint:
+        curve = self.history[:: max(len(self.history) // 100, 1)]
+        record = record | {"step": self.step, "seconds": round(self.seconds), "loss": curve, "held_out_loss": self.held_out}
+        return Checkpoint(self.ema, self.schedule, self.settings.prediction, self.classes, record)
+
+    def save(self, path: Path, digest: str) -> None:
+        """Everything that `restore` needs, in one file, atomically."""
+        tensors = {f"{part}.{k}": v for part, m in (("model", self.model), ("ema", self.ema)) for k, v in m.state_dict().items()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{i}.{k}": v for k, v in state.items()}
+        if self.losses:
+            tensors["losses"] = torch.stack(self.losses)
+        about = {
+            "training": 1, "settings": asdict(self.settings), "digest": digest, "step": self.step, "seconds": self.seconds,
+            "history": self.history, "held_out": self.held_out,
+        }  # fmt: skip
+        write_tensors(path, tensors, about)
+
+    def restore(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        for part, m in (("model", self.model), ("ema", self.ema)):
+            m.load_state_dict({k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")})
+        parameters = list(self.model.parameters())
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("adam."):
+                _, i, key = name.split(".")
+                # Moments must lie in memory as their parameter does (channels-last): the fused optimiser walks both in memory order.
+                like = parameters[int(i)]
+                state.setdefault(int(i), {})[key] = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.losses = list(tensors["losses"].to(next(self.model.parameters()).device)) if "losses" in tensors else []
+        self.step, self.seconds = about["step"], about["seconds"]
+        self.history, self.held_out = [tuple(p) for p in about["history"]], [tuple(p) for p in about["held_out"]]
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], Settings]:
+    """A state file's tensors, metadata and settings. CheckpointError for anything else."""
+    if not path.is_file():
+        raise CheckpointError(f"nothing to resume: there is no {path}; leave out --resume to begin a run there")
+    tensors, about = read_tensors(path)
+    if about.get("training") != 1:
+        raise CheckpointError(f"{path} is not the state of a training run")
+    saved: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["settings"].items()}
+    if saved.keys() != {f.name for f in fields(Settings)}:
+        raise CheckpointError(f"{path} is the state of another version's training run, with other settings")
+    return tensors, about, Settings(**saved)
+
+
+@contextmanager
+def postponed_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM are noted in the list rather than acted on; a second Ctrl-C acts at once."""
+    got: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        got.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield got
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+@torch.no_grad()
+def held_out_loss(run: Run, dataset: data.Dataset, device: torch.device, chunk: int = 256) -> float:
+    """Mean squared error of the averaged network on the held-out images, each at a timestep and noise that stay the same."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    table = noise_table(run.schedule, run.settings.prediction, device)
+    for start in range(0, len(dataset), chunk):
+        x0 = data.to_float(torch.from_numpy(dataset.images[start : start + chunk]).to(device))
+        ids = torch.arange(start, start + len(x0), device=device)
+        labels = None if dataset.labels is None else torch.from_numpy(dataset.labels[start : start + chunk]).to(device)
+        zeros = torch.zeros_like(ids)
+        t = ops.noise_words(zeros, ids, counter("draw", 1, device), 1)[:, 0, 0] * run.settings.timesteps >> 32
+        x_t, target = ops.add_noise(x0, t, table, None, zeros, ids, counter("training", 1, device), True)
+        total += F.mse_loss(run.ema(x_t, t, labels).float(), target, reduction="sum")
+    return float(total) / (len(dataset) * int(np.prod(dataset.shape)))
+
+
+def train(
+    settings: Settings,
+    dataset: data.Dataset,
+    out: Path,
+    *,
+    resume: bool = False,
+    device: torch.device | str = "cpu",
+    compile: bool | None = None,
+    save_every: int = 500,
+    sample_every: int = 1000,
+    log_every: int = 50,
+    record: dict[str, Any] | None = None,
+) -> Path:
+    """Train to settings.steps and return the checkpoint's path; `out` also gets the run's state, sample grids and the loss curve.
+
+    KeyboardInterrupt after Ctrl-C or SIGTERM, with the run saved. ValueError where the settings, data or folder do not fit.
+    """
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+    learn, test = dataset.split()
+    digest = dataset.digest()
+    run = Run.new(settings, dataset, device)
+    if resume:
+        tensors, about, saved = read_state(out / STATE)
+        if about["digest"] != digest:
+            raise ValueError(f"{out / STATE} was trained on other data; give the same --data, or another --out for a new run")
+        differ = [f.name for f in fields(Settings) if f.name != "steps" and getattr(saved, f.name) != getattr(settings, f.name)]
+        if differ:
+            raise ValueError(
+                f"{out / STATE} was trained with another {differ[0]}: {getattr(saved, differ[0])}; leave it out, or give another --out"
+            )
+        run.restore(tensors, about)
+        if run.step > settings.steps:
+            raise ValueError(f"{out / STATE} is at step {run.step} already; give --steps above it to go on")
+    elif (out / STATE).exists():
+        raise ValueError(f"{out} holds a training run already; add --resume to go on with it, or give another --out")
+    make_folder(out)
+    for left in out.glob(".*.safetensors.*.part"):  # by a run that was killed while it saved
+        left.unlink()
+
+    pool = Pool.of(learn, settings.balance, device)
+    table = noise_table(run.schedule, settings.prediction, device)
+    noise_counter = counter("training", 0, device)
+    seeds = torch.full((settings.batch,), signed(settings.seed), device=device)
+    null = len(dataset.classes)
+    call = torch.compile(run.model) if (cuda if compile is None else compile) else run.model
+    parameters: list[Tensor] = list(run.model.parameters())
+    averages: list[Tensor] = list(run.ema.parameters())
+
+    def save() -> Path:
+        if len(test) and (not run.held_out or run.held_out[-1][0] != run.step):
+            run.held_out.append((run.step, round(held_out_loss(run, test, device), 6)))
+        run.save(out / STATE, digest)
+        about = {
+            "settings": asdict(settings),
+            "data": digest,
+            "images": len(learn),
+            "device": str(device),
+            "torch": torch.__version__,
+        }
+        run.checkpoint((record or {}) | about).save(out / CHECKPOINT)
+        return out / CHECKPOINT
+
+    bar = tqdm(total=settings.steps, initial=run.step, unit="step", smoothing=0.05)
+    began, before = time.perf_counter(), run.seconds
+    with bar, postponed_signals() as signals:
+        while run.step < settings.steps and not signals:
+            for group in run.optimizer.param_groups:
+                group["lr"] = learning_rate(settings, run.step)
+            examples = torch.arange(run.step * settings.batch, (run.step + 1) * settings.batch, device=device)
+            x0, t, labels = pool.draw(settings, examples, seeds, null)
+            x_t, target = ops.add_noise(x0, t, table, None, seeds, examples, noise_counter, True)
+            with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+                loss = F.mse_loss(call(x_t, t, labels).float(), target)
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+            run.optimizer.step()
+            run.optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                torch._foreach_lerp_(averages, parameters, 1 - min(settings.ema, (run.step + 1) / (run.step + 10)))
+            run.losses.append(loss.detach())
+            run.step += 1
+            run.seconds = before + time.perf_counter() - began
+            bar.update()
+            if run.step % log_every == 0:
+                mean = float(torch.stack(run.losses).mean())
+                if not np.isfinite(mean):
+                    raise ValueError(f"the loss is {mean} at step {run.step}; the last good state is in {out}; try a smaller --lr")
+                run.losses.clear()
+                run.history.append((run.step, round(mean, 6)))
+                bar.set_postfix_str(f"loss {mean:.4f}, {settings.batch * (bar.format_dict['rate'] or 0):.0f} images/s")
+            last = run.step == settings.steps
+            if run.step % save_every == 0 or last:
+                save()
+            if run.step % sample_every == 0 or last:
+                sample_grid(run, out / f"samples-{run.step:06d}.png")
+                loss_curve(run, out / "loss.png")
+    if run.step < settings.steps:
+        save()
+        raise KeyboardInterrupt(f"stopped at step {run.step} of {settings.steps}; saved in {out}. Go on with: {PROG} --out {out} --resume")
+    return out / CHECKPOINT
+
+
+def sample_grid(run: Run, path: Path, per_class: int = 8) -> None:
+    """A picture of new images by the averaged network, a row a class, always from the same noise."""
+    kinds = max(len(run.classes), 1)
+    labels = torch.arange(kinds).repeat_interleave(per_class) if run.classes else None
+    sampler = run.checkpoint({}).sampler(dtype=torch.float32, compile=False)
+    images = sampler(kinds * per_class, labels=labels, guidance=2.0 if run.classes else 1.0)
+    write_png(data.grid(data.to_uint8(images).cpu().numpy(), per_class, scale=3), path)
+
+
+def loss_curve(run: Run, path: Path) -> None:
+    """Loss against step, the mean of every logged stretch, and the held-out loss. Left out where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="mean squared error", yscale="log", title="Training loss")
+    axes.plot(*zip(*run.history, strict=True), lw=1, label="training, as it went") if run.history else None
+    if run.held_out:
+        axes.plot(*zip(*run.held_out, strict=True), "o-", ms=3, label="held out, averaged weights")
+    axes.grid(True, which="both", alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    with atomic_write(path) as f:
+        figure.savefig(f, format="png", dpi=120)
+
+
+def write_png(image: Image.Image, path: Path) -> None:
+    with atomic_write(path) as f:
+        image.save(f, format="PNG")
+
+
+def parser() -> cli.Parser:
+    d = Settings()
+    p = cli.Parser(
+        prog=PROG,
+        argument_default=argparse.SUPPRESS,
+        description="Train a class-conditional diffusion UNet on small images. Writes checkpoint.safetensors (averaged weights, for "
+        "python -m fastdiff.sample --checkpoint), state.safetensors (for --resume), sample grids and a loss curve into --out. "
+        "Ctrl-C saves and says how to go on.",
+    )
+    g = p.add_argument_group("data")
+    g.add_argument(
+        "--data",
+        default="sprites",
+        help="sprites (shipped), a folder of images with a sub-folder a class, .npz, .npy, or a sheet with --tile",
+    )
+    g.add_argument("--labels", default=None, help="labels of a .npy data file, a second .npy")
+    g.add_argument("--tile", default=None, type=cli.whole(1), metavar="PIXELS", help="cut an image file into tiles of this size")
+    g.add_argument("--size", default=None, type=cli.whole(1), metavar="PIXELS", help="resize a folder's images to this size")
+    g.add_argument("--skip-bad", default=False, action="store_true", help="leave out images of a folder that cannot be read, and name them")
+    g.add_argument("--flip", action="store_true", help="mirror every other example left-right")
+    g.add_argument(
+        "--balance",
+        type=cli.number(float, 0, 1),
+        metavar="P",
+        help=f"draw a class of m images in proportion to m^P: 1 as they come, 0 all classes alike ({d.balance})",
+    )
+    g = p.add_argument_group("training")
+    g.add_argument("--out", default="runs/train", help="folder of the run (runs/train)")
+    g.add_argument(
+        "--resume",
+        default=False,
+        action="store_true",
+        help="go on with the run in --out, exactly as if it had not been interrupted",
+    )
+    g.add_argument("--steps", type=cli.whole(1), help=f"optimiser steps in all ({d.steps})")
+    g.add_argument("--batch", type=cli.whole(1), help=f"examples a step ({d.batch})")
+    g.add_argument("--lr", type=cli.number(float, 0, 1), help=f"AdamW's learning rate ({d.lr})")
+    g.add_argument("--warmup", type=cli.whole(0), metavar="STEPS", help=f"steps of rising learning rate ({d.warmup})")
+    g.add_argument(
+        "--decay",
+        type=cli.number(float, 0, 1),
+        metavar="PART",
+        help=f"part of the steps, at the end, over which the learning rate falls to 0 ({d.decay})",
+    )
+    g.add_argument("--ema", type=cli.number(float, 0, 1), help=f"decay of the averaged weights, which are what is sampled from ({d.ema})")
+    g.add_argument(
+        "--drop-label",
+        type=cli.number(float, 0, 1),
+        metavar="P",
+        help=f"chance that an example is trained without its class, for guidance ({d.drop_label})",
+    )
+    g.add_argument("--seed", type=cli.whole(0, 2**64 - 1), help=f"fixes weights, order, timesteps and noise ({d.seed})")
+    g = p.add_argument_group("diffusion and network")
+    g.add_argument("--schedule", choices=["linear", "scaled_linear", "cosine", "sigmoid"], help=f"noise schedule ({d.schedule})")
+    g.add_argument("--timesteps", type=cli.whole(1), help=f"noise levels ({d.timesteps})")
+    g.add_argument("--prediction", choices=["epsilon", "v", "x0"], help=f"what the network learns to say ({d.prediction})")
+    g.add_argument(
+        "--channels", type=cli.whole(1), nargs="+", metavar="C", help=f"width at each resolution ({' '.join(map(str, d.channels))})"
+    )
+    g.add_argument("--patch", type=cli.whole(1), help=f"pixels folded into channels before the first convolution, each way ({d.patch})")
+    g.add_argument("--blocks", type=cli.whole(1), help=f"residual blocks at each resolution, down and up ({d.blocks})")
+    g.add_argument("--middle", type=cli.whole(0), help=f"residual blocks between down and up ({d.middle})")
+    g = p.add_argument_group("machine")
+    g.add_argument("--device", default=None, help="cpu or cuda (cuda where there is one)")
+    g.add_argument("--compile", default=None, action=argparse.BooleanOptionalAction, help="torch.compile the network (on CUDA)")
+    g.add_argument("--save-every", default=500, type=cli.whole(1), metavar="STEPS", help="steps between saves (500)")
+    g.add_argument(
+        "--sample-every", default=1000, type=cli.whole(1), metavar="STEPS", help="steps between sample grids and loss curves (1000)"
+    )
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = vars(parser().parse_args(argv))
+    out = Path(args["out"])
+    given = {f.name: args[f.name] for f in fields(Settings) if f.name in args}
+    if "channels" in given:
+        given["channels"] = tuple(given["channels"])
+    if args["resume"]:
+        given = asdict(read_state(out / STATE)[2]) | given
+    device = cli.pick_device(args["device"])
+    dataset = data.load(args["data"], labels=args["labels"], tile=args["tile"], size=args["size"], skip_bad=args["skip_bad"])
+    command = f"{PROG} {' '.join(argv if argv is not None else sys.argv[1:])}"
+    began = time.perf_counter()
+    try:
+        path = train(
+            Settings(**given), dataset, out, resume=args["resume"], device=device, compile=args["compile"],
+            save_every=args["save_every"], sample_every=args["sample_every"], record={"command": command, "source": args["data"]},
+        )  # fmt: skip
+    except KeyboardInterrupt as e:
+        print(f"\n{e or 'interrupted'}")
+        return 130
+    print(f"{path}: trained on {len(dataset.split()[0])} images in {time.perf_counter() - began:.0f} s on {device}")
+    print(f"sample from it: python -m fastdiff.sample --checkpoint {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(functools.partial(main), PROG)

@@ -1,0 +1,132 @@
+"""Compile the kernels for any CUDA architecture with no GPU and no driver and read the machine code; run it for a table.
+
+test_codegen.py runs it as a process of its own: a kernel decorated for the interpreter cannot be compiled. Triton brings cuobjdump.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+BIN = "backends/nvidia/bin/cuobjdump"
+# A SASS line: address, predicate if any, opcode, operands.
+LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*[a-z0-9_.]*[A-Z0-9_.]*)([^;]*);", re.M)
+
+
+def compile_offline(fn: Any, types: dict[str, str], constants: dict[str, Any], arch: int, options: dict[str, Any]) -> bytes:
+    """The cubin of a kernel. types: {argument: "*fp32", "i32", ...}, pointers aligned to 16 bytes; constants: {argument: value}."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: "constexpr" if name in constants else types[name] for name in fn.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(fn.arg_names) if signature[name].startswith("*")}
+    source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["cubin"]
+
+
+def cuobjdump(cubin: bytes, flag: str) -> str:
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [Path(triton.__file__).parent / BIN, flag, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def executed(sass: str) -> collections.Counter[str]:
+    """Opcodes on the longest path through a kernel: no warp executes more. Raises ValueError if there is a loop or a call."""
+    lines = [(int(address, 16), predicate, opcode, operands) for address, predicate, opcode, operands in LINE.findall(sass)]
+    index = {address: i for i, (address, *_) in enumerate(lines)}
+    following: list[list[int]] = []
+    for i, (address, predicate, opcode, operands) in enumerate(lines):
+        target = re.search(r"0x[0-9a-f]+", operands) if opcode.startswith(("BRA", "JMP")) else None
+        conditional = bool(predicate) or (target is not None and re.search(r"\bU?P\d", operands))
+        if opcode.startswith(("CALL", "RET", "BRX")):
+            raise ValueError(f"{opcode} at {address:#x}")
+        # The trap after the end, a branch to itself, is never reached.
+        jumps = [index[int(target[0], 16)]] if target is not None and int(target[0], 16) != address else []
+        ends = opcode.startswith("EXIT") or target is not None
+        following.append(jumps + ([i + 1] if (conditional or not ends) and i + 1 < len(lines) else []))
+    # Depth first by hand: kernels are thousands of instructions long.
+    longest: dict[int, int] = {}
+    open_, stack = set(), [0]
+    while stack:
+        i = stack[-1]
+        todo = [j for j in following[i] if j not in longest]
+        if any(j in open_ for j in todo):
+            raise ValueError(f"a loop at {lines[i][0]:#x}")
+        if todo:
+            open_.add(i)
+            stack.extend(todo[:1])
+        else:
+            longest[i] = 1 + max((longest[j] for j in following[i]), default=0)
+            open_.discard(i)
+            stack.pop()
+    counts, i = collections.Counter([lines[0][2]]), 0
+    while following[i]:
+        i = max(following[i], key=longest.__getitem__)
+        counts[lines[i][2]] += 1
+    return counts
+
+
+def report(kernel: str, arch: int, dtype: str = "fp32", numel: int = 768, **flags: Any) -> dict[str, Any]:
+    """Resources, instructions an element and opcodes of one kernel as its launcher would compile it for `arch`."""
+    import importlib
+
+    block = importlib.import_module("fastdiff.kernels.philox").BLOCK
+    fn = getattr(importlib.import_module(f"fastdiff.kernels.{kernel}"), f"{kernel}_kernel")
+    options = {key: block[key] for key in ("num_warps", "enable_fp_fusion")}
+    constants = {"NUMEL": numel, "PTX": arch, "R": block["R"], "P": block["P"], **flags}
+    types = dict.fromkeys(fn.arg_names, "*fp32")
+    types |= {"row_ptr": "*i32", "counter_ptr": "*i32", "seeds_ptr": "*i64", "ids_ptr": "*i64", "t_ptr": "*i64", "n": "i32"}
+    types |= dict.fromkeys(("m_ptr", "model_input_ptr", "x_t_ptr", "target_ptr", "noise_ptr"), f"*{dtype}")
+    if kernel == "add_noise":
+        types["x0_ptr"] = f"*{dtype}"
+    cubin = compile_offline(fn, types, constants, arch, options)
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", cuobjdump(cubin, "-res-usage"))}
+    opcodes = executed(cuobjdump(cubin, "-sass"))
+    elements = 4 * block["R"] * block["P"] // (32 * block["num_warps"])
+    return {"used": used, "opcodes": dict(opcodes), "per_element": sum(opcodes.values()) / elements}
+
+
+CASES: dict[str, dict[str, Any]] = {}
+for _arch in (80, 90, 100):
+    _step = {"kernel": "solver_step", "arch": _arch, "GUIDED": False, "PAIRED": False}
+    _normal = {"kernel": "normal", "arch": _arch}
+    _made = {"noise_ptr": None}
+    _given = {"seeds_ptr": None, "ids_ptr": None, "counter_ptr": None}
+    CASES |= {
+        f"solver_step fp32 sm_{_arch}": _step,
+        f"solver_step bf16 sm_{_arch}": _step | {"dtype": "bf16"},
+        f"normal fp32 sm_{_arch}": _normal | {"WORDS": False},
+        f"add_noise fp32 sm_{_arch}": {"kernel": "add_noise", "arch": _arch} | _made,
+    }
+CASES |= {
+    "solver_step guided bf16 sm_90": {"kernel": "solver_step", "arch": 90, "dtype": "bf16", "GUIDED": True, "PAIRED": True},
+    "solver_step 784 fp32 sm_90": {"kernel": "solver_step", "arch": 90, "numel": 784, "GUIDED": False, "PAIRED": False},
+    "solver_step 75 fp32 sm_90": {"kernel": "solver_step", "arch": 90, "numel": 75, "GUIDED": False, "PAIRED": False},
+    "words sm_90": {"kernel": "normal", "arch": 90, "WORDS": True},
+    "add_noise bf16 sm_90": {"kernel": "add_noise", "arch": 90, "dtype": "bf16"} | _made,
+    "add_noise given fp32 sm_90": {"kernel": "add_noise", "arch": 90} | _given,
+    "add_noise no target fp32 sm_90": {"kernel": "add_noise", "arch": 90, "target_ptr": None} | _made,
+}
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    reports = {name: report(**case) for name, case in CASES.items()}
+    if "--json" in sys.argv:
+        print(json.dumps(reports))
+    else:
+        for name, r in reports.items():
+            wide = {o: c for o, c in r["opcodes"].items() if o.startswith(("LDG", "STG"))}
+            print(f"{name:32} {r['per_element']:5.1f} an element  {r['used']}  {wide}")

@@ -1,0 +1,76 @@
+"""The tree is what the design says: who may import whom, and how the kernels are reached."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fastdiff"
+
+# A module may import those of the lines above its own, and what its line names of its own.
+LAYERS = [
+    {"schedules", "reference", "files", "data", "unet", "cli"},
+    {"solvers", "ops"},
+    {"noise"},
+    {"sampler"},
+    {"checkpoint"},
+    {"__init__", "sample", "train"},
+]
+ONLY_FOR = {"diffusers": {"diffusers"}, "triton": set(), "kernels": {"ops"}, "matplotlib": {"train"}}
+
+
+def imports(path: Path) -> set[tuple[int, str]]:
+    """(level, module) of every import in a file, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {(0, alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {(node.level, node.module)} if node.module else {(node.level, alias.name) for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
+def test_imports_point_one_way(path):
+    (layer,) = [i for i, names in enumerate(LAYERS) if path.stem in names]
+    below = set().union(*LAYERS[:layer])
+    for level, module in imports(path):
+        top = module.split(".")[0]
+        if level or top == "fastdiff":
+            assert top in below | ONLY_FOR.keys(), f"{path.stem} imports {module}, which does not stand below it"
+        if top in ONLY_FOR:
+            assert path.stem in ONLY_FOR[top], f"{path.stem} imports {module}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.stem)
+def test_kernels_know_only_triton_torch_and_each_other(path):
+    own = {p.stem for p in path.parent.glob("*.py")}
+    for level, module in imports(path):
+        assert module.split(".")[0] in (sys.stdlib_module_names | {"triton", "torch"} if level == 0 else own), (
+            f"{path.stem} imports {module}"
+        )
+
+
+def test_kernels_is_a_link_and_no_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists(), "a package called kernels would shadow the one that diffusers looks for"
+    assert (PACKAGE / "kernels").is_symlink()
+    assert os.readlink(PACKAGE / "kernels") == "../kernels"
+
+
+def test_importing_fastdiff_needs_neither_triton_nor_diffusers_nor_matplotlib():
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('triton', 'diffusers', 'matplotlib')))"
+    code = f"{blocked}; import fastdiff; print(fastdiff.normal(0, [0], 0, (4,)).shape)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "torch.Size([1, 4])\n", done.stderr
+
+
+def test_public_names():
+    import fastdiff
+
+    assert all(hasattr(fastdiff, name) for name in fastdiff.__all__)
+    wanted = {"load", "Sampler", "Schedule", "solvers", "add_noise", "normal", "Checkpoint"}
+    assert wanted <= set(fastdiff.__all__)

@@ -1,0 +1,122 @@
+"""The ops as torch sees them: schemas, fakes, torch.compile, and what importing them costs."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdiff import ops, reference
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+SHAPE = (3, 4, 4)
+
+
+def stream(n):
+    return torch.arange(n, device=DEVICE) - 1, torch.arange(n, device=DEVICE) + 2**32, torch.tensor([5], device=DEVICE)
+
+
+def add_noise_arguments(n, given, target, dtype=torch.float32):
+    x0, t = torch.rand(n, *SHAPE, device=DEVICE).to(dtype), torch.arange(n, device=DEVICE) % 10
+    table = torch.rand(10, 4, device=DEVICE)
+    return (x0, t, table, *((torch.randn_like(x0), None, None, None) if given else (None, *stream(n))), target)
+
+
+def solver_step_arguments(n, halves=1, dtype=torch.float32):
+    x, x0 = torch.randn(n, *SHAPE, device=DEVICE), torch.randn(n, *SHAPE, device=DEVICE)
+    m = torch.randn(halves * n, *SHAPE, device=DEVICE).to(dtype)
+    table = torch.tensor([[1.2, -0.7, 1.0, 0.6, 0.3, 0.1, 0.2, 0.5, 1.0]] * 6, device=DEVICE)
+    seeds, ids, row = stream(n)
+    return (x, x0, m, torch.zeros_like(m), table, row, seeds, ids, torch.full((n,), 2.0, device=DEVICE))
+
+
+CASES = [
+    pytest.param(ops.noise_words, lambda: (*stream(3), 5), id="noise_words"),
+    pytest.param(ops.normal, lambda: (*stream(3), 25), id="normal"),
+    pytest.param(ops.normal, lambda: (*stream(0), 25), id="normal-empty"),
+    pytest.param(ops.add_noise, lambda: add_noise_arguments(3, given=False, target=True), id="add_noise-made"),
+    pytest.param(ops.add_noise, lambda: add_noise_arguments(3, given=True, target=False, dtype=torch.half), id="add_noise-given"),
+    pytest.param(ops.add_noise, lambda: add_noise_arguments(0, given=False, target=True), id="add_noise-empty"),
+    pytest.param(ops.solver_step, lambda: solver_step_arguments(3), id="solver_step"),
+    pytest.param(ops.solver_step, lambda: solver_step_arguments(3, halves=2, dtype=torch.float16), id="solver_step-guided"),
+    pytest.param(ops.solver_step, lambda: solver_step_arguments(0), id="solver_step-empty"),
+]
+
+
+@pytest.mark.parametrize(("op", "arguments"), CASES)
+def test_opcheck(op, arguments):
+    torch.library.opcheck(op, arguments())
+
+
+def sampled(x, x0, m, model_input, table, row, seeds, ids, guidance):
+    """Every op in one graph, with something to fuse around them."""
+    words = ops.noise_words(seeds, ids, row, 4)
+    x = x + ops.normal(seeds, ids, row, x[0].numel()).view(x.shape)
+    noisy, target = ops.add_noise(x, ids % 6, table[:, :4].contiguous(), None, seeds, ids, row, True)
+    x = x * 1.5
+    ops.solver_step(x, x0, m, model_input, table, row, seeds, ids, guidance)
+    return words, x + 1, x0, model_input, noisy, target
+
+
+def test_compile_through_every_op():
+    backend = "inductor" if CUDA or shutil.which("g++") or shutil.which("clang++") else "aot_eager"
+    torch._dynamo.reset()
+    compiled = torch.compile(sampled, fullgraph=True, backend=backend)
+    for n in (2, 3):
+        arguments = solver_step_arguments(n, halves=2)
+        for got, wanted in zip(compiled(*map(torch.clone, arguments)), sampled(*map(torch.clone, arguments)), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.skipif(CUDA, reason="on a GPU the op is the kernel, tested against the reference")
+@pytest.mark.parametrize(("op", "arguments"), CASES)
+def test_the_body_is_the_reference(op, arguments):
+    given = arguments()
+    got, wanted = ([v.clone() if isinstance(v, torch.Tensor) else v for v in given] for _ in range(2))
+    results = op(*got), getattr(reference, op._opoverload._schema.name.split("::")[1])(*wanted)
+    for g, w in zip((*got, results[0]), (*wanted, results[1]), strict=True):
+        torch.testing.assert_close(g, w, rtol=0, atol=0)
+
+
+def test_there_is_no_gradient():
+    x0, *rest = add_noise_arguments(3, given=True, target=False)
+    x_t, _ = ops.add_noise(x0.requires_grad_(), *rest)
+    with pytest.raises(RuntimeError, match="autograd"):
+        x_t.sum().backward()
+
+
+def test_triton_waits_for_a_cuda_tensor():
+    """torch itself imports Triton at the first call of any op; the kernels stay out even then."""
+    code = """
+import sys, torch
+from fastdiff import ops
+first = "triton" in sys.modules
+ops.normal(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 4)
+print(first, any(name.startswith("fastdiff.kernels.") for name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.stdout == "False False\n", done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+def test_captured_launch_serves_every_row():
+    """One captured solver_step, replayed after the row counter moved, is the step of the new row."""
+    arguments = solver_step_arguments(65)
+    arguments[4].mul_(torch.linspace(0.5, 1.0, 6, device=DEVICE)[:, None])
+    expected = [v.clone() for v in arguments]
+    saved = [v.clone() for v in arguments]
+    ops.solver_step(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.solver_step(*arguments)
+    for v, s in zip(arguments, saved, strict=True):
+        v.copy_(s)
+    for row in range(6):
+        arguments[5].fill_(row)
+        expected[5].fill_(row)
+        graph.replay()
+        ops.solver_step(*expected)
+        assert all(torch.equal(v, e) for v, e in zip(arguments, expected, strict=True))

@@ -1,0 +1,204 @@
+"""The command: what it writes and prints, and that bad input is one line, exit code 2 and nothing lost."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import small_checkpoint
+from PIL import Image
+
+import fastdiff
+from fastdiff import cli, data, sample
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory):
+    path = tmp_path_factory.mktemp("net") / "net.safetensors"
+    small_checkpoint().save(path)
+    return str(path)
+
+
+def command(*flags, cwd, **options):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-m", "fastdiff.sample", *flags], cwd=cwd, env=env, capture_output=True, text=True, **options)
+
+
+def arrays(folder):
+    with np.load(Path(folder) / "samples.npz") as file:
+        return dict(file)
+
+
+def test_writes_images_labels_ids_and_a_picture(net, tmp_path):
+    done = command("--checkpoint", net, "--batch", "10", "--first", "5", "--steps", "3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["grid.png", "samples", "samples.npz"]
+    made = arrays(tmp_path / "samples")
+    assert made["images"].dtype == np.uint8
+    assert made["images"].shape == (10, 8, 8, 3)
+    assert made["ids"].tolist() == list(range(5, 15))
+    assert made["labels"].tolist() == [i % 3 for i in range(5, 15)]
+    assert made["classes"].tolist() == ["cat", "dog", "10"]
+    # A row a class: 20 tiles of 8 pixels, three times enlarged, and a pixel between.
+    with Image.open(tmp_path / "samples" / "grid.png") as picture:
+        assert picture.size == (20 * 24 + 19, 3 * 24 + 2)
+    for said in (
+        "10 images in samples/samples.npz",
+        "samples/grid.png",
+        "CPU, ",
+        "float32",
+        "dpmpp_2m",
+        "3 steps",
+        "load ",
+        "compile ",
+        "images/s",
+    ):
+        assert said in done.stdout
+    again = fastdiff.load(net).sampler(solver="dpmpp_2m", steps=3)
+    images = again(10, first=5, labels=[i % 3 for i in range(5, 15)], guidance=2.0)
+    assert np.array_equal(data.to_uint8(images).numpy(), made["images"])
+
+
+def test_json_has_the_same_numbers(net, tmp_path):
+    done = command("--checkpoint", net, "--batch", "4", "--steps", "2", "--json", "--solver", "ddim", "--guidance", "1", cwd=tmp_path)
+    report = json.loads(done.stdout)
+    assert done.stderr == ""
+    assert {"images": 4, "steps": 2, "solver": "ddim", "guidance": 1.0, "dtype": "float32"}.items() <= report.items()
+    assert report["images_per_s"] == pytest.approx(4 / report["sample_s"], rel=0.2)
+    assert {"load_s", "compile_s", "samples", "grid", "device"} <= report.keys()
+
+
+def test_any_part_of_a_run_is_the_run(net, tmp_path):
+    """Images 100 .. 107 alone are, to the bit, images 100 .. 107 of 150, on any number of threads."""
+    run = ("--checkpoint", net, "--steps", "3", "--solver", "ddpm", "--micro-batch", "8")
+    for out, flags, threads in (
+        ("all", ("--batch", "150"), "2"),
+        ("part", ("--batch", "8", "--first", "100"), "1"),
+        ("start", ("--batch", "31"), "3"),
+    ):
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
+        done = subprocess.run(
+            [sys.executable, "-m", "fastdiff.sample", *run, *flags, "--out", out], cwd=tmp_path, env=env, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr
+    whole, part, start = (arrays(tmp_path / out) for out in ("all", "part", "start"))
+    assert np.array_equal(part["images"], whole["images"][100:108])
+    assert np.array_equal(part["labels"], whole["labels"][100:108])
+    assert np.array_equal(start["images"], whole["images"][:31])
+    assert len(np.unique(whole["images"].reshape(150, -1), axis=0)) == 150
+
+
+def test_labels_by_name_and_index_in_turn(net, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--checkpoint", net, "--batch", "5", "--steps", "1", "--json"]
+    assert sample.main([*flags, "--label", "dog", "--label", "0"]) == 0
+    assert arrays("samples")["labels"].tolist() == [1, 0, 1, 0, 1]
+    # A class may be called like a number: its name comes first.
+    assert sample.main([*flags, "--label", "10"]) == 0
+    assert arrays("samples")["labels"].tolist() == [2] * 5
+
+
+def test_the_same_command_twice_replaces_its_own_files_and_no_others(net, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("samples").mkdir()
+    Path("samples/notes.txt").write_text("keep me")
+    flags = ["--checkpoint", net, "--batch", "3", "--steps", "1", "--json"]
+    sample.main(flags)
+    first = Path("samples/samples.npz").read_bytes()
+    sample.main(flags)
+    assert Path("samples/samples.npz").read_bytes() == first
+    sample.main([*flags, "--seed", "1"])
+    assert Path("samples/samples.npz").read_bytes() != first
+    assert sorted(p.name for p in Path("samples").iterdir()) == ["grid.png", "notes.txt", "samples.npz"]
+    assert Path("samples/notes.txt").read_text() == "keep me"
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--batch", "0"], "argument --batch: '0' is not a whole number at least 1"),
+        (["--batch", "many"], "argument --batch: 'many' is not a whole number at least 1"),
+        (["--batch", "2.5"], "argument --batch: '2.5' is not"),
+        (["--steps", "-3"], "argument --steps"),
+        (["--steps", "51"], "steps is 51; this schedule has 50 timesteps, so give a whole number from 1 to 50"),
+        (["--guidance", "nan"], "argument --guidance: 'nan' is not a number at least 0"),
+        (["--guidance", "-1"], "argument --guidance: '-1' is not a number at least 0"),
+        (["--guidance", "inf"], "argument --guidance"),
+        (["--micro-batch", "0"], "argument --micro-batch"),
+        (["--label", "bird"], "no class 'bird' in NET; it has: 0 cat, 1 dog, 2 10"),
+        (["--label", "3"], "no class '3' in NET; it has: 0 cat, 1 dog, 2 10"),
+        (["--solver", "eulr"], "argument --solver: invalid choice: 'eulr'"),
+        (["--seed", "-1"], "argument --seed"),
+        (["--seed", str(2**64)], "argument --seed"),
+        (["--first", str(2**63 - 1), "--batch", "2"], "passes the last image number"),
+        (["--checkpoint", "nowhere"], "no checkpoint 'nowhere'"),
+        (["--checkpoint", "."], "no checkpoint '.'"),
+        (["--device", "cuda:99"], "there is no device 'cuda:99' here"),
+        (["--device", "gpu"], "unknown device 'gpu'"),
+        (["--device", "meta"], "device 'meta' is not supported"),
+        (["--out", "/proc/nowhere"], "cannot write to the folder /proc/nowhere"),
+        (["--out", "file"], "cannot write to the folder file"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_bad_input_is_one_line(net, tmp_path, monkeypatch, capsys, flags, text):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("no folder")
+    with pytest.raises(SystemExit) as caught:
+        cli.run(lambda: sample.main(["--checkpoint", net, *flags]), sample.PROG)
+    assert caught.value.code == 2
+    stdout, stderr = capsys.readouterr()
+    assert stdout == ""
+    assert text.replace("NET", net) in stderr
+    assert stderr.count("\n") == 1
+    assert stderr.startswith("python -m fastdiff.sample: ")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_bad_input_for_real_has_no_traceback(tmp_path):
+    done = command("--checkpoint", "nowhere", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "no checkpoint 'nowhere'" in done.stderr
+
+
+def test_disk_full_keeps_the_old_files(net, tmp_path):
+    flags = ("--checkpoint", net, "--batch", "64", "--steps", "1")
+    assert command(*flags, cwd=tmp_path).returncode == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "samples").iterdir()}
+
+    def small_disk():
+        # No file may grow past 4 KiB: writes fail part of the way, as on a full disk.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    done = command(*flags, "--seed", "1", cwd=tmp_path, preexec_fn=small_disk)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("python -m fastdiff.sample: File too large")
+    assert "Traceback" not in done.stderr
+    assert {p: p.read_bytes() for p in (tmp_path / "samples").iterdir()} == before
+
+
+def test_help_explains(tmp_path):
+    done = command("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for flag in (
+        "--batch",
+        "--steps",
+        "--solver",
+        "--seed",
+        "--first",
+        "--label",
+        "--guidance",
+        "--checkpoint",
+        "--device",
+        "--dtype",
+        "--micro-batch",
+        "--out",
+        "--json",
+    ):
+        assert flag in done.stdout

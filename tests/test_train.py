@@ -1,0 +1,246 @@
+"""Training: that it learns, that a step is a function of its number, and that an interrupted run ends as an unbroken one."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import small_dataset
+from PIL import Image
+from safetensors.torch import load_file
+
+import fastdiff
+from fastdiff.data import Dataset
+from fastdiff.train import CHECKPOINT, STATE, Pool, Settings, learning_rate, train
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = Settings(steps=24, batch=8, channels=(16, 16), blocks=1, middle=0, timesteps=50, warmup=4)
+
+
+def run(out, steps=SETTINGS.steps, **options):
+    return train(dataclasses.replace(SETTINGS, steps=steps), small_dataset(), out, log_every=5, save_every=6, sample_every=100, **options)
+
+
+def command(out, *extra):
+    flags = "--steps 60 --batch 8 --channels 16 16 --blocks 1 --middle 0 --timesteps 50 --save-every 7 --sample-every 1000"
+    return [sys.executable, "-m", "fastdiff.train", "--out", str(out), *flags.split(), *extra]
+
+
+def assert_same_files(a, b):
+    """Weights, averages, moments and loss curve, to the bit."""
+    for name in (STATE, CHECKPOINT):
+        one, two = load_file(a / name), load_file(b / name)
+        assert one.keys() == two.keys()
+        assert [k for k in one if not torch.equal(one[k], two[k])] == []
+    one, two = fastdiff.load(a / CHECKPOINT).record, fastdiff.load(b / CHECKPOINT).record
+    assert (one["loss"], one["held_out_loss"], one["step"]) == (two["loss"], two["held_out_loss"], two["step"])
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken")
+    run(out)
+    return out
+
+
+def test_writes_what_it_says(unbroken):
+    assert {p.name for p in unbroken.iterdir()} == {STATE, CHECKPOINT, "samples-000024.png", "loss.png"}
+    record = fastdiff.load(unbroken / CHECKPOINT).record
+    assert record["step"] == 24
+    assert [step for step, _ in record["loss"]] == [5, 10, 15, 20]
+    assert [step for step, _ in record["held_out_loss"]] == [6, 12, 18, 24]
+
+
+def test_same_settings_same_weights(unbroken, tmp_path):
+    run(tmp_path)
+    assert_same_files(unbroken, tmp_path)
+
+
+def test_learns_what_the_classes_look_like(tmp_path):
+    settings = dataclasses.replace(SETTINGS, steps=300, batch=32, lr=3e-3, warmup=20, ema=0.98, schedule="cosine", prediction="v")
+    path = train(settings, small_dataset(), tmp_path, save_every=300, sample_every=300)
+    trained = fastdiff.load(path)
+    assert trained.record["held_out_loss"][-1][1] < 0.5, "predicting no noise at all scores 1"
+    brightness = [float(trained.sampler(steps=20)(16, labels=k, guidance=1.5).mean()) for k in range(3)]
+    truth = [float(np.mean(small_dataset().images[np.arange(64) % 3 == k] / 127.5 - 1)) for k in range(3)]
+    assert brightness == pytest.approx(truth, abs=0.15)
+
+
+def test_killed_at_a_random_moment_and_resumed(tmp_path):
+    """SIGKILL, twice, wherever it falls: the end is that of the run that nobody touched."""
+    subprocess.run(command(tmp_path / "whole"), cwd=ROOT, check=True, capture_output=True)
+    out = tmp_path / "killed"
+    rng = np.random.default_rng()
+    for attempt in range(2):
+        process = subprocess.Popen(command(out, *["--resume"] * ((out / STATE).exists())), cwd=ROOT, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (out / STATE).exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.6) + attempt)
+        process.kill()
+        process.wait()
+    done = subprocess.run(command(out, "--resume"), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same_files(tmp_path / "whole", out)
+    assert list(out.glob(".*.part")) == []
+
+
+def test_ctrl_c_saves_and_says_where(tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        command(out, "--save-every", "1000", "--steps", "100000"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in iter(lambda: process.stderr.read(200), ""):
+        if "/100000" in line and " 0/100000" not in line:
+            break
+    process.send_signal(signal.SIGINT)
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"saved in {out}. Go on with: python -m fastdiff.train --out {out} --resume" in stdout
+    step = fastdiff.load(out / CHECKPOINT).record["step"]
+    assert 0 < step < 100_000
+    # Only --out and --resume: everything else is in the state.
+    resume = [sys.executable, "-m", "fastdiff.train", "--out", str(out), "--resume", "--steps", str(step + 3)]
+    done = subprocess.run(resume, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert fastdiff.load(out / CHECKPOINT).record["step"] == step + 3
+
+
+def test_more_steps_before_the_decay_began_is_the_longer_run(unbroken, tmp_path):
+    # A run of 12 steps decays from step 8.4 on, so it is stopped at 6: by the same means as Ctrl-C, a signal to the process.
+    class Stop:
+        def __init__(self):
+            self.count = 0
+
+        def __call__(self, *_):
+            self.count += 1
+            if self.count == 6:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    stop = Stop()
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda m, *_: stop() if type(m).__name__ == "UNet" and m.training else None
+    )
+    try:
+        with pytest.raises(KeyboardInterrupt, match="stopped at step 6 of 12"):
+            run(tmp_path, steps=12)
+    finally:
+        handle.remove()
+    run(tmp_path, resume=True)
+    assert_same_files(unbroken, tmp_path)
+
+
+def test_learning_rate():
+    s = Settings(steps=100, lr=1.0, warmup=10, decay=0.5)
+    assert [learning_rate(s, i) for i in (0, 4, 9, 10, 49, 50, 75, 99)] == [0.1, 0.5, 1, 1, 1, 1, 0.5, 0.02]
+
+
+def test_draws_are_balanced_dropped_and_in_range():
+    data = dataclasses.replace(small_dataset(60, 0), labels=np.repeat([0, 1, 2], [40, 16, 4]))
+    examples = torch.arange(30_000)
+    for balance, odds in ((1.0, (40, 16, 4)), (0.5, (40**0.5, 4, 2)), (0.0, (1, 1, 1))):
+        pool = Pool.of(data, balance, torch.device("cpu"))
+        _, t, labels = pool.draw(dataclasses.replace(SETTINGS, drop_label=0.2), examples, torch.zeros_like(examples), 3)
+        share = np.bincount(labels, minlength=4) / len(examples)
+        want = np.append(0.8 * np.array(odds) / sum(odds), 0.2)
+        assert share == pytest.approx(want, abs=0.012)
+        assert np.bincount(t, minlength=50) / len(examples) == pytest.approx(np.full(50, 0.02), abs=0.005)
+
+
+def test_flips_mirror_half_of_the_examples():
+    data = small_dataset(1, 0)
+    pool = Pool.of(dataclasses.replace(data, labels=np.zeros(1, np.int64)), 1.0, torch.device("cpu"))
+    examples = torch.arange(1000)
+    x0, _, _ = pool.draw(dataclasses.replace(SETTINGS, flip=True), examples, torch.zeros_like(examples), 3)
+    image = torch.from_numpy(data.images[0] / np.float32(127.5) - np.float32(1)).permute(2, 0, 1)
+    as_is = torch.isclose(x0, image, atol=1e-6).flatten(1).all(1)
+    mirrored = torch.isclose(x0, image.flip(2), atol=1e-6).flatten(1).all(1)
+    assert (as_is ^ mirrored).all()
+    assert 430 < int(mirrored.sum()) < 570
+
+
+def test_refuses_to_overwrite_or_to_mix_runs(unbroken):
+    before = {p.name: p.read_bytes() for p in unbroken.iterdir()}
+    with pytest.raises(ValueError, match="holds a training run already; add --resume"):
+        run(unbroken)
+    with pytest.raises(ValueError, match="trained on other data"):
+        train(SETTINGS, small_dataset(32), unbroken, resume=True)
+    with pytest.raises(ValueError, match="trained with another lr"):
+        train(dataclasses.replace(SETTINGS, lr=1e-5), small_dataset(), unbroken, resume=True)
+    with pytest.raises(ValueError, match="is at step 24 already"):
+        run(unbroken, steps=10, resume=True)
+    assert {p.name: p.read_bytes() for p in unbroken.iterdir()} == before
+
+
+def test_a_loss_that_explodes_keeps_the_last_good_state(tmp_path):
+    settings = dataclasses.replace(SETTINGS, lr=1.0, steps=2000)
+    run(tmp_path, steps=6)
+    good = load_file(tmp_path / STATE)
+    data = small_dataset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastdiff.train.F.mse_loss", lambda a, b, **k: (a - b).square().mean() * torch.nan)
+        with pytest.raises(ValueError, match=r"the loss is nan at step 10; the last good state is in"):
+            train(dataclasses.replace(settings, lr=SETTINGS.lr), data, tmp_path, resume=True, log_every=5, save_every=100)
+    assert all(torch.equal(good[k], v) for k, v in load_file(tmp_path / STATE).items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--steps", "0"], "--steps: '0' is not a whole number at least 1"),
+        (["--lr", "fast"], "--lr: 'fast' is not a number from 0 to 1"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--resume", "--out", "nowhere"], "nothing to resume"),
+        (["--channels", "20"], "multiple of group 8"),
+        (["--device", "tpu"], "tpu"),
+        (["--schedule", "square"], "invalid choice: 'square'"),
+        (["--out", "/proc/fastdiff"], "cannot write to the folder /proc/fastdiff"),
+    ],
+)
+def test_bad_input_is_one_line(flags, text, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "fastdiff.train", *flags],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 2
+    assert text in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_a_corrupt_image(tmp_path):
+    for kind in ("cat", "dog"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (8, 8), (60 * i, 20, 200)).save(tmp_path / "data" / kind / f"{i}.png")
+    (tmp_path / "data" / "cat" / "2.png").write_bytes(b"\x89PNG and no more")
+    flags = ("--data", str(tmp_path / "data"), "--steps", "2", "--out", str(tmp_path / "run"))
+    done = subprocess.run(command(tmp_path, *flags), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "2.png" in done.stderr
+    assert "--skip-bad" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    done = subprocess.run(command(tmp_path, *flags, "--skip-bad"), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[0].startswith("python -m fastdiff.train: ")
+    assert "2.png" in done.stderr.splitlines()[0]
+    assert "trained on 7 images" in done.stdout
+    assert fastdiff.load(tmp_path / "run" / CHECKPOINT).classes == ("cat", "dog")
+
+
+def test_images_without_classes(tmp_path):
+    data = Dataset(small_dataset().images)
+    path = train(dataclasses.replace(SETTINGS, steps=2), data, tmp_path)
+    trained = fastdiff.load(path)
+    assert trained.classes == ()
+    assert trained.sampler(steps=2)(3).shape == (3, 3, 8, 8)
+    assert trained.record["held_out_loss"] == []
