@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .schedules import Schedule
+from .schedules import Schedule, whole
 from .solvers import PREDICTIONS
 
 # Top byte of the second counter word: what the noise is for. The numbers fix every image ever made; new streams get new numbers.
@@ -35,10 +36,12 @@ def signed(value: int) -> int:
 
 def _column(values: int | Sequence[int] | Tensor, n: int, device: torch.device) -> Tensor:
     """One 64-bit integer, or n of them, as int64 [n]."""
-    if isinstance(values, int):
-        return torch.full((n,), signed(values), dtype=torch.int64, device=device)
     if not isinstance(values, Tensor):
-        values = torch.tensor([signed(int(v)) for v in values], dtype=torch.int64)
+        if whole(values):
+            return torch.full((n,), signed(int(values)), dtype=torch.int64, device=device)  # type: ignore[arg-type]
+        values = torch.tensor([signed(operator.index(v)) for v in values], dtype=torch.int64)  # type: ignore[union-attr]
+    if values.is_floating_point():
+        raise ValueError(f"seeds and ids are whole numbers, not {values.dtype}")
     return values.to(device, torch.int64).contiguous()
 
 
@@ -103,14 +106,7 @@ def add_noise(
         counters = counter("training", 0, x0.device)
     table = noise_table(schedule, target or "epsilon", x0.device)
     t = t.to(x0.device, torch.int64)
-    x_t, wanted = ops.add_noise(
-        x0.contiguous(),
-        t,
-        table,
-        None if noise is None else noise.contiguous(),
-        seeds,
-        ids if noise is None else None,
-        counters,
-        target is not None,
-    )
+    if noise is not None:
+        noise, ids = noise.detach().contiguous(), None
+    x_t, wanted = ops.add_noise(x0.detach().contiguous(), t, table, noise, seeds, ids, counters, target is not None)
     return (x_t, wanted) if target is not None else x_t

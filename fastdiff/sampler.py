@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from . import ops, solvers
 from .noise import counter, signed
-from .schedules import Schedule
+from .schedules import Schedule, whole
 
 # Images per model call when micro_batch is "auto". CPU: activations of one core stay in its L2 (32 was fastest of 16, 32, 64, 128).
 # CUDA: enough to fill the chip; one shape for all, so that images do not depend on how many are asked for.
@@ -135,7 +135,7 @@ class Sampler:
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         if not self.dtype.is_floating_point:
             raise ValueError(f"dtype is {self.dtype}; give float32, bfloat16 or float16")
-        if micro_batch != "auto" and (not isinstance(micro_batch, int) or isinstance(micro_batch, bool) or micro_batch < 1):
+        if micro_batch != "auto" and (not whole(micro_batch) or int(micro_batch) < 1):
             raise ValueError(f'micro_batch is {micro_batch!r}; give a whole number of at least 1, or "auto"')
         if compile not in (True, False, "auto"):
             raise ValueError(f'compile is {compile!r}; give True, False or "auto"')
@@ -155,8 +155,8 @@ class Sampler:
 
     def size(self, guided: bool) -> int:
         """Images per micro-batch."""
-        if isinstance(self.micro_batch, int):
-            return self.micro_batch
+        if self.micro_batch != "auto":
+            return int(self.micro_batch)
         return AUTO_ROWS.get(self.device.type, 64) // (2 if guided else 1)
 
     def warmup(self, guided: bool = False, workers: int = 1) -> float:
@@ -197,7 +197,7 @@ class Sampler:
 
         ValueError for arguments that do not fit, and for a network whose result is not finite (the sample is named).
         """
-        if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+        if not whole(n) or n < 0:
             raise ValueError(f"the number of images is {n!r}; give a whole number of at least 0")
         seed_column, ids = self._samples(n, seed, first, seeds)
         label_column = self._labels(n, labels)

@@ -111,6 +111,11 @@ class Schedule:
         return _frozen(np.sqrt(1 - self.alphas_cumprod))
 
 
+def whole(value: object) -> bool:
+    """Whether a value is a whole number: int or NumPy's, but not bool and not 2.0."""
+    return hasattr(value, "__index__") and not isinstance(value, (bool, np.bool_))
+
+
 def _frozen(a: np.ndarray) -> np.ndarray:
     a = np.ascontiguousarray(a, dtype=np.float64)
     a.setflags(write=False)
@@ -119,8 +124,10 @@ def _frozen(a: np.ndarray) -> np.ndarray:
 
 def _checked(name: str, **params: Any) -> Schedule:
     timesteps = params.get("timesteps", 1)
-    if not isinstance(timesteps, int) or isinstance(timesteps, bool) or timesteps < 1:
+    if not whole(timesteps) or timesteps < 1:
         raise ValueError(f"timesteps is {timesteps!r}; a schedule needs a whole number of at least 1")
+    if "timesteps" in params:
+        params["timesteps"] = int(timesteps)
     for key in ("beta_start", "beta_end"):
         if key in params and not 0 < params[key] < 1:
             raise ValueError(f"{key} is {params[key]!r}; it must lie between 0 and 1")
@@ -129,7 +136,8 @@ def _checked(name: str, **params: Any) -> Schedule:
     if name == "sigmoid" and not (params["tau"] > 0 and params["end"] > params["start"]):
         raise ValueError("a sigmoid schedule needs tau > 0 and end > start")
     schedule = Schedule(name, tuple(params.items()))
-    bar = schedule.alphas_cumprod
+    with np.errstate(all="ignore"):  # what overflows is refused in the next line
+        bar = schedule.alphas_cumprod
     if bar.size == 0 or not (np.isfinite(bar).all() and (bar > 0).all() and (bar <= 1).all() and (np.diff(bar) <= 0).all()):
         raise ValueError("alphas_cumprod must hold at least one value, lie in (0, 1] and never rise with t")
     return schedule

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .schedules import Schedule
+from .schedules import Schedule, whole
 
 PREDICTIONS = ("epsilon", "v", "x0")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -49,9 +49,9 @@ class Table:
 def spaced_timesteps(timesteps: int, steps: int, spacing: str) -> np.ndarray:
     """`steps` of 0 .. `timesteps` - 1, falling, int64 (Lin et al. 2023, table 2, names the three ways).
 
-    "leading" starts low and ends at 0; "linspace" holds both ends; "trailing" starts at the last timestep, where x_T is pure noise.
+    "leading" starts low and ends at 0; "linspace" holds both ends, from two steps on; "trailing" starts at the last timestep, where x_T is pure noise.
     """
-    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= timesteps:
+    if not whole(steps) or not 1 <= steps <= timesteps:
         raise ValueError(f"steps is {steps!r}; this schedule has {timesteps} timesteps, so give a whole number from 1 to {timesteps}")
     if spacing == "leading":
         t = np.arange(steps, dtype=np.float64)[::-1] * (timesteps // steps)
@@ -106,8 +106,8 @@ def ddim(grid: Grid, eta: float = 0.0, clipped_epsilon: bool = False) -> Coeffic
 
     clipped_epsilon: take the noise estimate from the clamped x0 rather than from the network (diffusers' `use_clipped_model_output`).
     """
-    if not eta >= 0:
-        raise ValueError(f"eta is {eta!r}; it must be at least 0 (0: deterministic, 1: as noisy as DDPM)")
+    if not 0 <= eta < np.inf:
+        raise ValueError(f"eta is {eta!r}; it must be finite and at least 0 (0: deterministic, 1: as noisy as DDPM)")
     s = eta * grid.sigma_next / grid.sigma * np.sqrt(1 - (grid.alpha / grid.alpha_next) ** 2)
     if (s > grid.sigma_next).any():
         raise ValueError(f"eta is {eta!r}; at this number of steps that asks for more noise than a row has")
@@ -127,7 +127,7 @@ def dpmpp_2m(grid: Grid) -> Coefficients:
     a = grid.sigma_next / grid.sigma
     whole = grid.alpha_next * -np.expm1(-h)
     half_over_r = np.zeros_like(h)  # 1 / (2 r), r = (step before) / (this step)
-    half_over_r[1:-1] = h[1:-1] / (2 * h[:-2])
+    np.divide(h[1:-1], 2 * h[:-2], out=half_over_r[1:-1], where=h[:-2] > 0)  # a step of no length has nothing to say of the next
     zero = np.zeros_like(h)
     return Coefficients(a=a, b=whole * (1 + half_over_r), c=-whole * half_over_r, s=zero, epsilon=zero)
 

@@ -70,14 +70,14 @@ def test_truncated_anywhere(saved):
     whole = saved.read_bytes()
     for size in (0, 1, 7, 8, 9, 200, len(whole) // 2, len(whole) - 1):
         saved.write_bytes(whole[:size])
-        with pytest.raises(CheckpointError, match="not a whole .safetensors file"):
+        with pytest.raises(CheckpointError, match=r"not a whole \.safetensors file"):
             fastdiff.load(saved)
 
 
 @pytest.mark.parametrize("content", [b"hello, world, this is no checkpoint", b"\xff" * 64, struct.pack("<Q", 10) + b"{" * 64])
 def test_foreign(saved, content):
     saved.write_bytes(content)
-    with pytest.raises(CheckpointError, match="not a whole .safetensors file"):
+    with pytest.raises(CheckpointError, match=r"not a whole \.safetensors file"):
         fastdiff.load(saved)
 
 

@@ -212,9 +212,7 @@ def test_ddim_rows_are_the_papers_where_diffusers_is_not(eta, clipped_epsilon, p
         x = ours
 
 
-@pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
-)  # diffusers' set_timesteps
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")  # diffusers' set_timesteps
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 25])
 @pytest.mark.parametrize("prediction", solvers.PREDICTIONS)
 @pytest.mark.parametrize("spacing", solvers.SPACINGS)
@@ -453,8 +451,8 @@ def test_any_eta_up_to_1_fits_any_schedule(bars, eta):
         ({"clip": 0}, "clip is 0; give a positive number, or None for no clamping of x0"),
         ({"clip": -1.0}, "clip is -1.0; "),
         ({"clip": float("nan")}, "clip is nan; "),
-        ({"eta": -0.1}, "eta is -0.1; it must be at least 0"),
-        ({"eta": float("nan")}, "eta is nan; it must be at least 0"),
+        ({"eta": -0.1}, "eta is -0.1; it must be finite and at least 0"),
+        ({"eta": float("nan")}, "eta is nan; it must be finite and at least 0"),
         ({"eta": 10}, "eta is 10; at this number of steps that asks for more noise than a row has"),
         ({"eta": "1"}, "solver 'ddim' does not take eta with these values"),
         ({"solver": "ddpm", "eta": 1.0}, "solver 'ddpm' does not take eta"),
