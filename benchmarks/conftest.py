@@ -203,11 +203,11 @@ def compare(benchmark, case, interleaved, describe):
 
 
 def _no_compiled(case: Case) -> str | None:
-    """Why the compiled peer is left out, or None. A graph takes up to 20 s to compile on the CPU, so there only the larger batch has one."""
+    """Why the compiled peer is left out, or None. On the CPU, where compiling takes up to 20 s, only the larger batch has it, and none beside a GPU."""
     if case.device == "cuda":
         return None
     if CUDA or case != Case("cpu", 1024):
-        return "left out: on a machine without a GPU, for 1024 images"
+        return "left out: on the CPU only 1024 images are compiled for, and none beside a GPU"
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         return "left out: no C++ compiler"
     return None

@@ -33,6 +33,7 @@ class _Loop:
     def __init__(
         self,
         model: Callable[..., Tensor],
+        table: solvers.Table,
         size: int,
         shape: tuple[int, ...],
         device: torch.device,
@@ -51,12 +52,9 @@ class _Loop:
         self.guidance = torch.ones(size, device=device)
         self.row = torch.zeros(1, device=device, dtype=torch.int64)
         self.start = counter("start", 0, device)
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def load(self, table: solvers.Table) -> None:
-        """Take a solver's rows."""
-        self.table, self.timesteps = table.tensors(self.x.device)
+        self.table, self.timesteps = table.tensors(device)
         self.scale = table.start
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def begin(self, seeds: Tensor, ids: Tensor, labels: Tensor | None, guidance: Tensor, null: int) -> None:
         """Start samples: x_T from the noise stream. Fewer than `size` are filled up with the last one."""
@@ -78,7 +76,7 @@ class _Loop:
         self.row.add_(1)
 
     def capture(self) -> None:
-        """Record `step` as a CUDA graph; `replay` then costs one launch. Everything it reads is a static buffer, so any solver of as many rows fits."""
+        """Record `step` as a CUDA graph, so that a row costs the host one launch. All that it reads and writes are the buffers above."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -164,16 +162,17 @@ class Sampler:
         began = time.perf_counter()
         loops = self._loops.setdefault((self.size(guided), guided), [])
         while len(loops) < workers:
-            loop = _Loop(self._call, self.size(guided), self.shape, self.device, self.dtype, self.num_classes is not None, guided)
-            loop.load(self.table)
-            loops.append(loop)
+            loop = _Loop(
+                self._call, self.table, self.size(guided), self.shape, self.device, self.dtype, self.num_classes is not None, guided
+            )
             if self.device.type == "cuda":
                 with torch.cuda.device(self.device), torch.inference_mode():
                     loop.capture()
                     torch.cuda.synchronize()
-            elif self.compile and len(loops) == 1:
+            elif self.compile and not loops:
                 with torch.inference_mode(), _one_thread():
                     loop.step()
+            loops.append(loop)
         return time.perf_counter() - began
 
     def __call__(

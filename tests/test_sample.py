@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import small_checkpoint
 from PIL import Image
 
@@ -27,7 +28,9 @@ def net(tmp_path_factory):
 
 def command(*flags, cwd, **options):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-m", "fastdiff.sample", *flags], cwd=cwd, env=env, capture_output=True, text=True, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "fastdiff.sample", "--device", "cpu", *flags], cwd=cwd, env=env, capture_output=True, text=True, **options
+    )
 
 
 def arrays(folder):
@@ -84,7 +87,10 @@ def test_any_part_of_a_run_is_the_run(net, tmp_path):
     ):
         env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
         done = subprocess.run(
-            [sys.executable, "-m", "fastdiff.sample", *run, *flags, "--out", out], cwd=tmp_path, env=env, capture_output=True
+            [sys.executable, "-m", "fastdiff.sample", "--device", "cpu", *run, *flags, "--out", out],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
         )
         assert done.returncode == 0, done.stderr
     whole, part, start = (arrays(tmp_path / out) for out in ("all", "part", "start"))
@@ -96,7 +102,7 @@ def test_any_part_of_a_run_is_the_run(net, tmp_path):
 
 def test_labels_by_name_and_index_in_turn(net, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = ["--checkpoint", net, "--batch", "5", "--steps", "1", "--json"]
+    flags = ["--device", "cpu", "--checkpoint", net, "--batch", "5", "--steps", "1", "--json"]
     assert sample.main([*flags, "--label", "dog", "--label", "0"]) == 0
     assert arrays("samples")["labels"].tolist() == [1, 0, 1, 0, 1]
     # A class may be called like a number: its name comes first.
@@ -108,7 +114,7 @@ def test_the_same_command_twice_replaces_its_own_files_and_no_others(net, tmp_pa
     monkeypatch.chdir(tmp_path)
     Path("samples").mkdir()
     Path("samples/notes.txt").write_text("keep me")
-    flags = ["--checkpoint", net, "--batch", "3", "--steps", "1", "--json"]
+    flags = ["--device", "cpu", "--checkpoint", net, "--batch", "3", "--steps", "1", "--json"]
     sample.main(flags)
     first = Path("samples/samples.npz").read_bytes()
     sample.main(flags)
@@ -151,7 +157,7 @@ def test_bad_input_is_one_line(net, tmp_path, monkeypatch, capsys, flags, text):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("no folder")
     with pytest.raises(SystemExit) as caught:
-        cli.run(lambda: sample.main(["--checkpoint", net, *flags]), sample.PROG)
+        cli.run(lambda: sample.main(["--device", "cpu", "--checkpoint", net, *flags]), sample.PROG)
     assert caught.value.code == 2
     stdout, stderr = capsys.readouterr()
     assert stdout == ""
@@ -202,3 +208,16 @@ def test_help_explains(tmp_path):
         "--json",
     ):
         assert flag in done.stdout
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_cuda_by_default(net, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert sample.main(["--checkpoint", net, "--batch", "70", "--steps", "3", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["device"] == torch.cuda.get_device_name()
+    assert report["dtype"] == "bfloat16"
+    on_gpu = arrays("samples")["images"]
+    assert sample.main(["--checkpoint", net, "--batch", "70", "--steps", "3", "--device", "cpu"]) == 0
+    # The same noise, the network in bf16: the same pictures, within a few of 255 steps.
+    assert np.abs(on_gpu.astype(int) - arrays("samples")["images"]).mean() < 4

@@ -28,7 +28,7 @@ def run(out, steps=SETTINGS.steps, **options):
 
 
 def command(out, *extra):
-    flags = "--steps 60 --batch 8 --channels 16 16 --blocks 1 --middle 0 --timesteps 50 --save-every 7 --sample-every 1000"
+    flags = "--device cpu --steps 60 --batch 8 --channels 16 16 --blocks 1 --middle 0 --timesteps 50 --save-every 7 --sample-every 1000"
     return [sys.executable, "-m", "fastdiff.train", "--out", str(out), *flags.split(), *extra]
 
 
@@ -105,7 +105,7 @@ def test_ctrl_c_saves_and_says_where(tmp_path):
     step = fastdiff.load(out / CHECKPOINT).record["step"]
     assert 0 < step < 100_000
     # Only --out and --resume: everything else is in the state.
-    resume = [sys.executable, "-m", "fastdiff.train", "--out", str(out), "--resume", "--steps", str(step + 3)]
+    resume = [sys.executable, "-m", "fastdiff.train", "--device", "cpu", "--out", str(out), "--resume", "--steps", str(step + 3)]
     done = subprocess.run(resume, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert fastdiff.load(out / CHECKPOINT).record["step"] == step + 3
@@ -204,7 +204,7 @@ def test_a_loss_that_explodes_keeps_the_last_good_state(tmp_path):
 )
 def test_bad_input_is_one_line(flags, text, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "fastdiff.train", *flags],
+        [sys.executable, "-m", "fastdiff.train", "--device", "cpu", *flags],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -244,3 +244,14 @@ def test_images_without_classes(tmp_path):
     assert trained.classes == ()
     assert trained.sampler(steps=2)(3).shape == (3, 3, 8, 8)
     assert trained.record["held_out_loss"] == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("compile", [False, True])
+def test_on_cuda(compile, tmp_path):
+    settings = dataclasses.replace(SETTINGS, steps=200, batch=32, lr=3e-3, warmup=20, ema=0.98)
+    train(dataclasses.replace(settings, steps=20), small_dataset(), tmp_path, device="cuda", compile=compile, save_every=10)
+    path = train(settings, small_dataset(), tmp_path, device="cuda", compile=compile, resume=True, save_every=100)
+    record = fastdiff.load(path).record
+    assert record["step"] == 200
+    assert record["held_out_loss"][-1][1] < 0.6
