@@ -67,12 +67,12 @@ class Checkpoint:
 
 
 def load(source: str | os.PathLike[str]) -> Checkpoint:
-    """The checkpoint in a file, or a shipped one by its name ("sprites"); network in fp32, on the CPU, in eval mode.
+    """The checkpoint in a file, or a shipped one by its name ("sprites"; a file called so is "./sprites"). fp32, on the CPU, in eval mode.
 
     CheckpointError, a ValueError, where there is none, or it is truncated, foreign, pickled or of another format version.
     """
     path = Path(source)
-    if not path.exists() and path.name == str(source) and not path.suffix:
+    if path.name == str(source) and (ASSETS / f"{source}.safetensors").is_file():
         path = ASSETS / f"{source}.safetensors"
     if not path.is_file():
         shipped = ", ".join(sorted(p.stem for p in ASSETS.glob("*.safetensors"))) or "none"
@@ -87,9 +87,10 @@ def load(source: str | os.PathLike[str]) -> Checkpoint:
     try:
         config = UNetConfig.from_config(about["network"])
         schedule = Schedule.from_config(about["schedule"])
-        classes = tuple(str(c) for c in about["classes"])
-        prediction, record = about["prediction"], dict(about["record"])
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        classes, prediction, record = about["classes"], about["prediction"], dict(about["record"])
+        if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes) or len(set(classes)) != len(classes):
+            raise ValueError("classes are no list of different names")
+    except (KeyError, TypeError, ValueError, AttributeError, MemoryError) as e:
         raise CheckpointError(f"{path} has unreadable metadata: {type(e).__name__}: {e}") from None
     if prediction not in PREDICTIONS or len(classes) != (config.num_classes or 0):
         raise CheckpointError(
@@ -103,12 +104,12 @@ def load(source: str | os.PathLike[str]) -> Checkpoint:
         odd = min(k for k in wanted | given if wanted.get(k) != given.get(k))
         raise CheckpointError(f"{path} does not fit its own network settings: {odd} is {given.get(odd)}, should be {wanted.get(odd)}")
     for name, value in tensors.items():
-        if not value.is_floating_point() or not value.isfinite().all():
+        if not value.is_floating_point() or not value.float().isfinite().all():
             raise CheckpointError(f"{path} holds weights that are no finite numbers, in {name}")
     model.to_empty(device="cpu")
     model.load_state_dict({k: v.float() for k, v in tensors.items()})
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Checkpoint(model.eval().requires_grad_(False), schedule, prediction, classes, record)
+    return Checkpoint(model.eval().requires_grad_(False), schedule, prediction, tuple(classes), record)
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], about: dict[str, Any]) -> None:

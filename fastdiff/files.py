@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from None  # the name that the user knows
     finally:
         part.unlink(missing_ok=True)
 
@@ -29,9 +32,8 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path / "fastdiff-write-test"):
+        with tempfile.TemporaryFile(dir=path):
             pass
-        (path / "fastdiff-write-test").unlink()
     except OSError as e:
         raise ValueError(f"cannot write to the folder {path}: {e.strerror}; choose another with --out") from None
     return path

@@ -34,12 +34,15 @@ def signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def _column(values: int | Sequence[int] | Tensor, n: int, device: torch.device) -> Tensor:
+def column64(values: int | Sequence[int] | Tensor, n: int, device: torch.device | str = "cpu") -> Tensor:
     """One 64-bit integer, or n of them, as int64 [n]."""
     if not isinstance(values, Tensor):
         if whole(values):
             return torch.full((n,), signed(int(values)), dtype=torch.int64, device=device)  # type: ignore[arg-type]
-        values = torch.tensor([signed(operator.index(v)) for v in values], dtype=torch.int64)  # type: ignore[union-attr]
+        try:
+            values = torch.tensor([signed(operator.index(v)) for v in values], dtype=torch.int64)  # type: ignore[union-attr]
+        except TypeError:
+            raise ValueError(f"seeds and ids are whole numbers, not {values!r}") from None
     if values.is_floating_point():
         raise ValueError(f"seeds and ids are whole numbers, not {values.dtype}")
     return values.to(device, torch.int64).contiguous()
@@ -53,7 +56,7 @@ def normal(seed: int | Sequence[int] | Tensor, ids: Sequence[int] | Tensor, row:
     """
     device = ids.device if isinstance(ids, Tensor) else torch.device("cpu")
     n = len(ids)
-    ids, seeds = _column(ids, n, device), _column(seed, n, device)
+    ids, seeds = column64(ids, n, device), column64(seed, n, device)
     if len(seeds) != n:
         raise ValueError(f"{len(seeds)} seeds for {n} ids; give one seed, or one per id")
     z: Tensor = ops.normal(seeds, ids, counter(stream, row, device), int(np.prod(shape, dtype=np.int64)))
@@ -83,12 +86,14 @@ def add_noise(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """x_t ~ q(x_t | x_0) = alpha_t x_0 + sigma_t z in one pass, a timestep per sample (Ho et al. 2020, equation 4).
 
-    x0: [N, ...], any float dtype, also the result's; computed in fp32. t: integers [N] in 0 .. T - 1. z is `noise`, of x0's shape, or the
+    x0: [N, ...], fp32, fp16 or bf16, also the result's; computed in fp32. t: integers [N] in 0 .. T - 1. z is `noise`, of x0's shape, or the
     training noise stream of `seed` at sample `ids` (default 0 .. N - 1). target: "epsilon", "v" or "x0" returns the pair (x_t, what a
     network of that prediction should say). No gradient flows through it. ValueError for unfitting shapes, or both of noise and seed.
     A t on a CUDA device is not checked against T, since that would wait for the device.
     """
     n = len(x0)
+    if not x0.is_floating_point():
+        raise ValueError(f"x0 is {x0.dtype}; give floating-point images (fastdiff.data.to_float makes them of uint8)")
     if t.shape != (n,) or t.dtype.is_floating_point:
         raise ValueError(f"t is {t.dtype} {list(t.shape)}; give one integer timestep per sample, [{n}]")
     if (noise is None) == (seed is None):
@@ -99,8 +104,10 @@ def add_noise(
         raise ValueError(f"t holds {int(t.min())} to {int(t.max())}; this schedule has timesteps 0 to {schedule.timesteps - 1}")
     seeds = counters = None
     if noise is None and seed is not None:
-        seeds = _column(seed, n, x0.device)
-        ids = _column(range(n) if ids is None else ids, n, x0.device)
+        seeds = column64(seed, n, x0.device)
+        if len(seeds) != n:
+            raise ValueError(f"{len(seeds)} seeds for {n} samples; give one seed, or one per sample")
+        ids = column64(range(n) if ids is None else ids, n, x0.device)
         if len(ids) != n:
             raise ValueError(f"{len(ids)} ids for {n} samples")
         counters = counter("training", 0, x0.device)

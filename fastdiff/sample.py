@@ -12,6 +12,7 @@ import torch
 
 from . import cli, data, solvers
 from .checkpoint import load
+from .devices import pick_device
 from .files import atomic_write, make_folder
 
 PROG = "python -m fastdiff.sample"
@@ -96,7 +97,7 @@ def picture(images: np.ndarray, labels: np.ndarray | None, kinds: int) -> np.nda
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    device = cli.pick_device(args.device)
+    device = pick_device(args.device)
     began = time.perf_counter()
     checkpoint = load(args.checkpoint)
     kinds = class_numbers(args.label, checkpoint.classes, args.checkpoint)

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import copy
 import functools
+import itertools
 import queue
 import threading
 import time
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import ops, solvers
-from .noise import counter, signed
+from .devices import pick_device
+from .noise import column64, counter, signed
 from .schedules import Schedule, whole
 
 # Images per model call when micro_batch is "auto". CPU: activations of one core stay in its L2 (32 was fastest of 16, 32, 64, 128).
@@ -72,6 +74,8 @@ class _Loop:
     def step(self) -> None:
         t = self.timesteps[self.row].expand(len(self.model_input))
         m = self.model(self.model_input, t) if self.labels is None else self.model(self.model_input, t, self.labels)
+        if m.shape != self.model_input.shape:
+            raise ValueError(f"the network made {list(m.shape)} of {list(self.model_input.shape)}; it must keep the shape")
         ops.solver_step(self.x, self.x0, m.contiguous(), self.model_input, self.table, self.row, self.seeds, self.ids, self.guidance)
         self.row.add_(1)
 
@@ -102,10 +106,10 @@ class Sampler:
     model: a torch.nn.Module; x is [rows, *shape] in `dtype`, t int64 [rows], labels int64 [rows] with `num_classes` as the null class.
     prediction: what it returns, "epsilon", "v" or "x0". solver, steps and `options` (spacing, eta, variance): see `fastdiff.solvers`.
     clip: x_0 is clamped to [-clip, clip], None for not. device, dtype: default where the model's parameters are, and fp32 on the CPU, bf16 on
-    CUDA; the model is copied when they differ from its own. compile: "auto" compiles on CUDA and runs eagerly on the CPU. micro_batch: images
-    worked on at a time, "auto" for the device's best. All work is done in micro-batches of this one shape, the last one filled up, so an
-    image depends on its seed and id, not on how many are made with it. On the CPU each core runs its own micro-batches on one thread, so it
-    does not depend on the number of threads either.
+    CUDA; where they differ from the model's own, a copy is sampled from, of the weights as they are now. compile: "auto" compiles on CUDA and
+    runs eagerly on the CPU. micro_batch: images worked on at a time, "auto" for the device's best. All work is done in micro-batches of this
+    one shape, the last one filled up, so an image depends on its seed and id, not on how many are made with it. On the CPU each core runs its
+    own micro-batches on one thread, so it does not depend on the number of threads either.
 
     ValueError for whatever does not fit, in one line that says what would.
     """
@@ -126,13 +130,11 @@ class Sampler:
         micro_batch: int | str = "auto",
         **options: Any,
     ) -> None:
-        own = next(model.parameters(), torch.empty(0))
-        self.device = torch.device(device) if device is not None else own.device
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
-        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        if not self.dtype.is_floating_point:
-            raise ValueError(f"dtype is {self.dtype}; give float32, bfloat16 or float16")
+        own = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
+        self.device = pick_device(own.device if device is None else device)
+        self.dtype = (torch.bfloat16 if self.device.type == "cuda" else torch.float32) if dtype is None else dtype
+        if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype is {dtype!r}; give torch.float32, torch.bfloat16 or torch.float16")
         if micro_batch != "auto" and (not whole(micro_batch) or int(micro_batch) < 1):
             raise ValueError(f'micro_batch is {micro_batch!r}; give a whole number of at least 1, or "auto"')
         if compile not in (True, False, "auto"):
@@ -140,7 +142,8 @@ class Sampler:
         self.table = solvers.table(solver, schedule, steps=steps, prediction=prediction, clip=clip, **options)
         self.shape, self.num_classes, self.micro_batch = tuple(shape), num_classes, micro_batch
         self.compile = self.device.type == "cuda" if compile == "auto" else bool(compile)
-        if (own.device, own.dtype) != (self.device, self.dtype):
+        floats = {p.dtype for p in model.parameters()}  # buffers alone may have their reasons
+        if own.device != self.device or not floats <= {self.dtype}:
             model = copy.deepcopy(model).to(self.device, self.dtype)
         self.model = model
         self._call: Callable[..., Tensor] = _compiled(model) if self.compile else model
@@ -160,6 +163,11 @@ class Sampler:
     def warmup(self, guided: bool = False, workers: int = 1) -> float:
         """Build what the first call would: buffers, compiled code, the CUDA graph. Returns the seconds it took."""
         began = time.perf_counter()
+        with _evaluating(self.model):
+            self._build(guided, workers)
+        return time.perf_counter() - began
+
+    def _build(self, guided: bool, workers: int) -> None:
         loops = self._loops.setdefault((self.size(guided), guided), [])
         while len(loops) < workers:
             loop = _Loop(
@@ -173,7 +181,6 @@ class Sampler:
                 with torch.inference_mode(), _one_thread():
                     loop.step()
             loops.append(loop)
-        return time.perf_counter() - began
 
     def __call__(
         self,
@@ -200,7 +207,7 @@ class Sampler:
             raise ValueError(f"the number of images is {n!r}; give a whole number of at least 0")
         seed_column, ids = self._samples(n, seed, first, seeds)
         label_column = self._labels(n, labels)
-        weights = torch.as_tensor(guidance, dtype=torch.float32).cpu()
+        weights = _tensor(guidance, "guidance").float()
         if weights.shape not in ((), (n,)) or not weights.isfinite().all():
             raise ValueError(f"guidance must be one finite number, or one per image, [{n}]")
         weights = weights.expand(n).contiguous()
@@ -227,35 +234,33 @@ class Sampler:
                 loop.advance()
                 if callback is not None:
                     callback(row, loop.x0[: stop - start])
-                bar.update()
+                if loop.graph is None:
+                    bar.update()
                 yield
             images = loop.x[: stop - start]
             finite = images.isfinite().flatten(1).all(1)
             if not finite.all():
                 raise ValueError(f"the network gave numbers that are not finite for sample {first + start + int(finite.int().argmin())}")
             out[start:stop].copy_(images)
+            if loop.graph is not None:  # rows are only enqueued above; the check has waited for them
+                bar.update(self.steps)
 
-        training = self.model.training
-        self.model.eval()
-        try:
-            with bar:
-                if self.device.type == "cuda":
-                    with torch.cuda.device(self.device), torch.inference_mode():
-                        for start in starts:
-                            collections.deque(work(loops[0], start), maxlen=0)
-                else:
-                    _share(starts, [functools.partial(work, loop) for loop in loops[:threads]])
-        finally:
-            self.model.train(training)
+        with bar, _evaluating(self.model):
+            if self.device.type == "cuda":
+                with torch.cuda.device(self.device), torch.inference_mode():
+                    for start in starts:
+                        collections.deque(work(loops[0], start), maxlen=0)
+            else:
+                _share(starts, [functools.partial(work, loop) for loop in loops[:threads]])
         return out
 
     def _samples(self, n: int, seed: int, first: int, seeds: Sequence[int] | Tensor | None) -> tuple[Tensor, Tensor]:
         if seeds is None:
-            return torch.full((n,), signed(int(seed))), torch.arange(n) + signed(int(first))
-        column = (
-            seeds.cpu().to(torch.int64) if isinstance(seeds, Tensor) else torch.tensor([signed(int(s)) for s in seeds], dtype=torch.int64)
-        )
-        if column.shape != (n,):
+            if not whole(seed) or not whole(first):
+                raise ValueError(f"seed is {seed!r} and first is {first!r}; give whole numbers")
+            return column64(seed, n), torch.arange(n) + signed(int(first))
+        column = column64(seeds, n)
+        if whole(seeds) or column.shape != (n,):
             raise ValueError(f"seeds has shape {list(column.shape)} for {n} images; give one seed per image")
         if seed != 0 or first != 0:
             raise ValueError("give either seeds, one per image, or seed and first")
@@ -266,7 +271,7 @@ class Sampler:
             if labels is not None:
                 raise ValueError("labels were given, but this network has no classes (num_classes is None)")
             return None
-        column = torch.as_tensor(self.num_classes if labels is None else labels).cpu()
+        column = _tensor(self.num_classes if labels is None else labels, "labels")
         if column.is_floating_point() or column.shape not in ((), (n,)):
             raise ValueError(f"labels must be one class number, or one per image, [{n}]")
         if n and not 0 <= int(column.min()) <= int(column.max()) <= self.num_classes:
@@ -275,13 +280,43 @@ class Sampler:
 
 
 def _compiled(model: nn.Module) -> Callable[..., Tensor]:
-    import torch._inductor  # slow to import, and only needed here
+    import torch._dynamo.config
+    from torch._inductor import config  # slow to import, and only needed here
 
     # Not "reduce-overhead": its outputs are overwritten by the next run, and x feeds back. The whole step is captured here instead.
-    options = torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
-    if hasattr(torch._inductor.config, "loop_reindexing_after_fusion"):
+    # Not "max-autotune": it picks kernels, and so the order of sums, by timing, and another day's images would have other bits.
+    options: dict[str, Any] = {}
+    if hasattr(config, "deterministic"):
+        options["deterministic"] = True
+    if hasattr(config, "loop_reindexing_after_fusion"):
         options["loop_reindexing_after_fusion"] = False  # on, it makes upsample + convolution up to 6 times slower (pytorch issue 189488)
-    return torch.compile(model, options=options, dynamic=False)
+    compiled: Callable[..., Tensor] = torch.compile(model, options=options, dynamic=False)
+
+    def call(*args: Tensor) -> Tensor:
+        # All networks of a class share one cache of compiled code, and past its limit they would run eagerly without a word.
+        with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
+            return compiled(*args)
+
+    return call
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and afterwards in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _tensor(values: Any, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(values).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} is {values!r}; give a number, or one per image") from None
 
 
 @contextlib.contextmanager

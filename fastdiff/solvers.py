@@ -125,11 +125,11 @@ def dpmpp_2m(grid: Grid) -> Coefficients:
         lam = np.log(grid.alpha / grid.sigma)
         h = np.log(grid.alpha_next / grid.sigma_next) - lam  # infinite in the last row, where sigma_next is 0
     a = grid.sigma_next / grid.sigma
-    whole = grid.alpha_next * -np.expm1(-h)
+    gain = grid.alpha_next * -np.expm1(-h)
     half_over_r = np.zeros_like(h)  # 1 / (2 r), r = (step before) / (this step)
     np.divide(h[1:-1], 2 * h[:-2], out=half_over_r[1:-1], where=h[:-2] > 0)  # a step of no length has nothing to say of the next
     zero = np.zeros_like(h)
-    return Coefficients(a=a, b=whole * (1 + half_over_r), c=-whole * half_over_r, s=zero, epsilon=zero)
+    return Coefficients(a=a, b=gain * (1 + half_over_r), c=-gain * half_over_r, s=zero, epsilon=zero)
 
 
 _SOLVERS: dict[str, Callable[..., Coefficients]] = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m}

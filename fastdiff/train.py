@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import shlex
 import signal
 import sys
 import time
@@ -17,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from . import cli, data, ops
 from .checkpoint import Checkpoint, CheckpointError, read_tensors, write_tensors
+from .devices import pick_device
 from .files import atomic_write, make_folder
 from .noise import counter, noise_table, signed
 from .schedules import Schedule
@@ -54,6 +55,10 @@ class Settings:
     blocks: int = 2
     middle: int = 1
 
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch, self.timesteps) < 1:
+            raise ValueError("steps, batch and timesteps must be at least 1")
+
 
 def learning_rate(settings: Settings, step: int) -> float:
     """Warm-up, a constant stretch, then a line to 0 over the last `decay` of the steps."""
@@ -69,6 +74,7 @@ class Pool:
     images: Tensor  # uint8 [M, H, W, C]
     labels: Tensor | None  # int64 [M]
     share: Tensor  # float64 [M], rising to 1: which part of the unit interval draws which image
+    counter: Tensor
 
     @staticmethod
     def of(dataset: data.Dataset, balance: float, device: torch.device) -> Pool:
@@ -79,14 +85,14 @@ class Pool:
             weight = np.maximum(count, 1).astype(np.float64)[dataset.labels] ** (balance - 1)
         share = np.cumsum(weight) / weight.sum()
         labels = None if dataset.labels is None else torch.from_numpy(dataset.labels).to(device)
-        return Pool(torch.from_numpy(dataset.images).to(device), labels, torch.from_numpy(share).to(device))
+        return Pool(torch.from_numpy(dataset.images).to(device), labels, torch.from_numpy(share).to(device), counter("draw", 0, device))
 
     def draw(self, settings: Settings, examples: Tensor, seeds: Tensor, null: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Examples by number, int64 [B] -> (x_0 fp32 [B, C, H, W], timesteps int64 [B], labels int64 [B]).
 
         The four words of one Philox call say timestep, image, label dropout (Ho & Salimans 2022, algorithm 1) and flip.
         """
-        words = ops.noise_words(seeds, examples, counter("draw", 0, examples.device), 1)[:, 0]  # [B, 4]
+        words = ops.noise_words(seeds, examples, self.counter, 1)[:, 0]  # [B, 4]
         t = words[:, 0] * settings.timesteps >> 32
         uniform = (words[:, 1:3].double() + 0.5) * 2.0**-32
         index = torch.searchsorted(self.share, uniform[:, 0].contiguous()).clamp(max=len(self.share) - 1)
@@ -161,7 +167,7 @@ class Run:
                 state.setdefault(int(i), {})[key] = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.losses = list(tensors["losses"].to(next(self.model.parameters()).device)) if "losses" in tensors else []
-        self.step, self.seconds = about["step"], about["seconds"]
+        self.step, self.seconds = int(about["step"]), float(about["seconds"])
         self.history, self.held_out = [tuple(p) for p in about["history"]], [tuple(p) for p in about["held_out"]]
 
 
@@ -172,10 +178,13 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], Settings]
     tensors, about = read_tensors(path)
     if about.get("training") != 1:
         raise CheckpointError(f"{path} is not the state of a training run")
-    saved: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["settings"].items()}
-    if saved.keys() != {f.name for f in fields(Settings)}:
-        raise CheckpointError(f"{path} is the state of another version's training run, with other settings")
-    return tensors, about, Settings(**saved)
+    try:
+        saved: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["settings"].items()}
+        if saved.keys() != {f.name for f in fields(Settings)}:
+            raise ValueError("its settings are those of another version")
+        return tensors, about, Settings(**saved)
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise CheckpointError(f"{path} is the state of no training run that this version knows: {e}") from None
 
 
 @contextmanager
@@ -228,10 +237,12 @@ def train(
 
     KeyboardInterrupt after Ctrl-C or SIGTERM, with the run saved. ValueError where the settings, data or folder do not fit.
     """
-    device = torch.device(device)
+    device, out = pick_device(device), Path(out)
     cuda = device.type == "cuda"
     learn, test = dataset.split()
-    digest = dataset.digest()
+    if not len(learn):
+        raise ValueError("there are no images to train on: all are held out")
+    digest = learn.digest()
     run = Run.new(settings, dataset, device)
     if resume:
         tensors, about, saved = read_state(out / STATE)
@@ -242,13 +253,16 @@ def train(
             raise ValueError(
                 f"{out / STATE} was trained with another {differ[0]}: {getattr(saved, differ[0])}; leave it out, or give another --out"
             )
-        run.restore(tensors, about)
+        try:
+            run.restore(tensors, about)
+        except (KeyError, TypeError, ValueError, RuntimeError) as e:
+            raise CheckpointError(f"{out / STATE} is damaged: {type(e).__name__}: {str(e).splitlines()[0]}") from None
         if run.step > settings.steps:
             raise ValueError(f"{out / STATE} is at step {run.step} already; give --steps above it to go on")
     elif (out / STATE).exists():
         raise ValueError(f"{out} holds a training run already; add --resume to go on with it, or give another --out")
     make_folder(out)
-    for left in out.glob(".*.safetensors.*.part"):  # by a run that was killed while it saved
+    for left in out.glob(".*.part"):  # by a run that was killed while it wrote
         left.unlink()
 
     pool = Pool.of(learn, settings.balance, device)
@@ -260,19 +274,26 @@ def train(
     parameters: list[Tensor] = list(run.model.parameters())
     averages: list[Tensor] = list(run.ema.parameters())
 
-    def save() -> Path:
+    def check_loss() -> None:
+        if run.losses and not torch.stack(run.losses).isfinite().all():
+            kept = f"the last good state is in {out}" if (out / STATE).exists() else "nothing was saved yet"
+            raise ValueError(f"the loss is no longer finite at step {run.step}; {kept}; try a smaller --lr")
+
+    def save() -> None:
+        """The state last: whatever a kill leaves undone before it is made again on resume."""
+        check_loss()
         if len(test) and (not run.held_out or run.held_out[-1][0] != run.step):
             run.held_out.append((run.step, round(held_out_loss(run, test, device), 6)))
-        run.save(out / STATE, digest)
+        loss_curve(run, out / "loss.png")
         about = {
             "settings": asdict(settings),
-            "data": digest,
+            "data": dataset.digest(),
             "images": len(learn),
             "device": str(device),
             "torch": torch.__version__,
         }
         run.checkpoint((record or {}) | about).save(out / CHECKPOINT)
-        return out / CHECKPOINT
+        run.save(out / STATE, digest)
 
     bar = tqdm(total=settings.steps, initial=run.step, unit="step", smoothing=0.05)
     began, before = time.perf_counter(), run.seconds
@@ -296,31 +317,31 @@ def train(
             run.seconds = before + time.perf_counter() - began
             bar.update()
             if run.step % log_every == 0:
+                check_loss()
                 mean = float(torch.stack(run.losses).mean())
-                if not np.isfinite(mean):
-                    raise ValueError(f"the loss is {mean} at step {run.step}; the last good state is in {out}; try a smaller --lr")
                 run.losses.clear()
                 run.history.append((run.step, round(mean, 6)))
                 bar.set_postfix_str(f"loss {mean:.4f}, {settings.batch * (bar.format_dict['rate'] or 0):.0f} images/s")
             last = run.step == settings.steps
-            if run.step % save_every == 0 or last:
-                save()
             if run.step % sample_every == 0 or last:
                 sample_grid(run, out / f"samples-{run.step:06d}.png")
-                loss_curve(run, out / "loss.png")
+            if run.step % save_every == 0 or last:
+                save()
     if run.step < settings.steps:
         save()
-        raise KeyboardInterrupt(f"stopped at step {run.step} of {settings.steps}; saved in {out}. Go on with: {PROG} --out {out} --resume")
+        raise KeyboardInterrupt(f"stopped at step {run.step} of {settings.steps}; saved in {out}")
     return out / CHECKPOINT
 
 
-def sample_grid(run: Run, path: Path, per_class: int = 8) -> None:
-    """A picture of new images by the averaged network, a row a class, always from the same noise."""
-    kinds = max(len(run.classes), 1)
+def sample_grid(run: Run, path: Path, per_class: int = 8, most: int = 20) -> None:
+    """A picture of new images by the averaged network, a row a class (the first `most`), always from the same noise."""
+    kinds = min(max(len(run.classes), 1), most)
     labels = torch.arange(kinds).repeat_interleave(per_class) if run.classes else None
-    sampler = run.checkpoint({}).sampler(dtype=torch.float32, compile=False)
+    steps = min(20, run.schedule.timesteps)
+    sampler = run.checkpoint({}).sampler(steps=steps, dtype=torch.float32, compile=False, micro_batch=16)
     images = sampler(kinds * per_class, labels=labels, guidance=2.0 if run.classes else 1.0)
-    write_png(data.grid(data.to_uint8(images).cpu().numpy(), per_class, scale=3), path)
+    with atomic_write(path) as f:
+        data.grid(data.to_uint8(images).cpu().numpy(), per_class, scale=3).save(f, format="PNG")
 
 
 def loss_curve(run: Run, path: Path) -> None:
@@ -331,7 +352,8 @@ def loss_curve(run: Run, path: Path) -> None:
         return
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="mean squared error", yscale="log", title="Training loss")
-    axes.plot(*zip(*run.history, strict=True), lw=1, label="training, as it went") if run.history else None
+    if run.history:
+        axes.plot(*zip(*run.history, strict=True), lw=1, label="training, as it went")
     if run.held_out:
         axes.plot(*zip(*run.held_out, strict=True), "o-", ms=3, label="held out, averaged weights")
     axes.grid(True, which="both", alpha=0.3)
@@ -339,11 +361,6 @@ def loss_curve(run: Run, path: Path) -> None:
         axes.legend()
     with atomic_write(path) as f:
         figure.savefig(f, format="png", dpi=120)
-
-
-def write_png(image: Image.Image, path: Path) -> None:
-    with atomic_write(path) as f:
-        image.save(f, format="PNG")
 
 
 def parser() -> cli.Parser:
@@ -362,8 +379,8 @@ def parser() -> cli.Parser:
         help="sprites (shipped), a folder of images with a sub-folder a class, .npz, .npy, or a sheet with --tile",
     )
     g.add_argument("--labels", default=None, help="labels of a .npy data file, a second .npy")
-    g.add_argument("--tile", default=None, type=cli.whole(1), metavar="PIXELS", help="cut an image file into tiles of this size")
-    g.add_argument("--size", default=None, type=cli.whole(1), metavar="PIXELS", help="resize a folder's images to this size")
+    g.add_argument("--tile", default=None, type=cli.whole(1, 4096), metavar="PIXELS", help="cut an image file into tiles of this size")
+    g.add_argument("--size", default=None, type=cli.whole(1, 4096), metavar="PIXELS", help="resize a folder's images to this size")
     g.add_argument("--skip-bad", default=False, action="store_true", help="leave out images of a folder that cannot be read, and name them")
     g.add_argument("--flip", action="store_true", help="mirror every other example left-right")
     g.add_argument(
@@ -426,9 +443,10 @@ def main(argv: list[str] | None = None) -> int:
         given["channels"] = tuple(given["channels"])
     if args["resume"]:
         given = asdict(read_state(out / STATE)[2]) | given
-    device = cli.pick_device(args["device"])
+    device = pick_device(args["device"])
     dataset = data.load(args["data"], labels=args["labels"], tile=args["tile"], size=args["size"], skip_bad=args["skip_bad"])
-    command = f"{PROG} {' '.join(argv if argv is not None else sys.argv[1:])}"
+    typed = sys.argv[1:] if argv is None else argv
+    command = shlex.join([*PROG.split(), *typed])
     began = time.perf_counter()
     try:
         path = train(
@@ -436,7 +454,8 @@ def main(argv: list[str] | None = None) -> int:
             save_every=args["save_every"], sample_every=args["sample_every"], record={"command": command, "source": args["data"]},
         )  # fmt: skip
     except KeyboardInterrupt as e:
-        print(f"\n{e or 'interrupted'}")
+        again = command if args["resume"] else f"{command} --resume"
+        print(f"\n{e}. Go on with: {again}" if str(e) else "\ninterrupted")
         return 130
     print(f"{path}: trained on {len(dataset.split()[0])} images in {time.perf_counter() - began:.0f} s on {device}")
     print(f"sample from it: python -m fastdiff.sample --checkpoint {path}")

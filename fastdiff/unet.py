@@ -43,7 +43,7 @@ class UNetConfig:
             raise ValueError("a UNetConfig needs middle >= 0 and num_classes None or at least 1")
         fold = self.patch * 2 ** (len(self.channels) - 1)
         if self.shape[1] % fold or self.shape[2] % fold:
-            raise ValueError(f"image size {self.shape[1]} x {self.shape[2]} must be a multiple of {fold} (patch x 2^levels)")
+            raise ValueError(f"image size {self.shape[1]} x {self.shape[2]} must be a multiple of {fold} (patch x 2^(levels - 1))")
         if any(c % self.group for c in self.channels) or self.embedding % 4:
             raise ValueError(f"every width in channels {self.channels} must be a multiple of group {self.group}, embedding of 4")
 

@@ -2,6 +2,10 @@
 
 import os
 
+# The networks of the tests are too small to share, and OpenMP's waiting threads fight with whatever else runs. What is said of threads is
+# tested with numbers of its own. Before torch is imported, and for the commands that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

@@ -184,9 +184,25 @@ def test_disk_full_keeps_the_old_files(net, tmp_path):
 
     done = command(*flags, "--seed", "1", cwd=tmp_path, preexec_fn=small_disk)
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("python -m fastdiff.sample: File too large")
+    assert done.stderr.strip().splitlines()[-1] == "python -m fastdiff.sample: samples/samples.npz: File too large"
     assert "Traceback" not in done.stderr
     assert {p: p.read_bytes() for p in (tmp_path / "samples").iterdir()} == before
+
+
+def test_too_much_for_the_memory_is_one_line(net, tmp_path):
+    for flags in (("--batch", "10000000000000"), ("--micro-batch", "100000000000")):
+        done = command("--checkpoint", net, *flags, cwd=tmp_path)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert "out of memory; ask for fewer or smaller images at a time" in done.stderr
+
+
+def test_a_folder_called_like_the_shipped_checkpoint(tmp_path):
+    (tmp_path / "sprites").mkdir()
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "fastdiff-write-test").write_text("keep me")
+    done = command("--batch", "2", "--steps", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "samples" / "fastdiff-write-test").read_text() == "keep me"
 
 
 def test_help_explains(tmp_path):

@@ -222,6 +222,10 @@ def test_an_error_in_the_network_comes_out():
         ({"micro_batch": True}, "micro_batch is True"),
         ({"compile": "yes"}, "compile is 'yes'"),
         ({"dtype": torch.int32}, "dtype is torch.int32"),
+        ({"dtype": torch.float64}, "dtype is torch.float64"),
+        ({"dtype": "float32"}, "dtype is 'float32'"),
+        ({"device": "gpu"}, "unknown device 'gpu'"),
+        ({"device": "cuda:99"}, "there is no device 'cuda:99' here"),
         ({"clip": 0}, "clip is 0"),
         ({"eta": 1.0, "solver": "ddpm"}, "does not take eta"),
     ],
@@ -245,11 +249,48 @@ def test_bad_settings(network, options, text):
         ({"seeds": [1, 2]}, "one seed per image"),
         ({"seeds": [1, 2, 3], "first": 4}, "either seeds"),
         ({"seed": 2**64}, "does not fit 64 bits"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"seed": "12"}, "seed is '12'"),
+        ({"seeds": [1.5, 2.5, 3.5]}, "whole numbers"),
+        ({"seeds": 5}, "one seed per image"),
+        ({"labels": "cat"}, "labels is 'cat'"),
+        ({"labels": 0, "guidance": None}, "guidance is None"),
     ],
 )
 def test_bad_calls(network, call, text):
     with pytest.raises(ValueError, match=text):
         make(network)(**({"n": 3} | call))
+
+
+def test_a_network_that_changes_the_shape(network):
+    with pytest.raises(ValueError, match=r"the network made \[4, 1, 8, 8\] of \[4, 3, 8, 8\]"):
+        Sampler(lambda_module(lambda x, t: x[:, :1]), SCHEDULE, shape=SMALL.shape, micro_batch=4)(1)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_samples_in_eval_mode_and_leaves_every_mode_as_it_was(compile, device):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Dropout(0.5), nn.Conv2d(8, 3, 3, padding=1))
+    model[1].eval()
+    modes = []
+    model.register_forward_hook(lambda m, *_: modes.append([part.training for part in m.modules()]))
+    whole_model = lambda_module(lambda x, t: model(x), model)
+    sampler = Sampler(whole_model.to(device), SCHEDULE, shape=SMALL.shape, steps=2, dtype=torch.float32, compile=compile)
+    assert torch.equal(sampler(3), sampler(3))
+    assert modes
+    assert not any(any(m) for m in modes)
+    assert [part.training for part in model.modules()] == [True, True, False, True, True]
+
+
+def lambda_module(function, *parts):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleList(parts)
+
+        def forward(self, x, t):
+            return function(x, t)
+
+    return Wrapped()
 
 
 def test_labels_for_a_network_without_classes(network):

@@ -16,8 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import fastdiff
+from fastdiff import CheckpointError
+from fastdiff.checkpoint import read_tensors, write_tensors
 from fastdiff.data import Dataset
-from fastdiff.train import CHECKPOINT, STATE, Pool, Settings, learning_rate, train
+from fastdiff.train import CHECKPOINT, STATE, Pool, Run, Settings, learning_rate, train
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = Settings(steps=24, batch=8, channels=(16, 16), blocks=1, middle=0, timesteps=50, warmup=4)
@@ -101,7 +103,8 @@ def test_ctrl_c_saves_and_says_where(tmp_path):
     process.send_signal(signal.SIGINT)
     stdout, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"saved in {out}. Go on with: python -m fastdiff.train --out {out} --resume" in stdout
+    typed = " ".join(command(out, "--save-every", "1000", "--steps", "100000")[1:])
+    assert f"saved in {out}. Go on with: python {typed} --resume" in stdout
     step = fastdiff.load(out / CHECKPOINT).record["step"]
     assert 0 < step < 100_000
     # Only --out and --resume: everything else is in the state.
@@ -184,7 +187,7 @@ def test_a_loss_that_explodes_keeps_the_last_good_state(tmp_path):
     data = small_dataset()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastdiff.train.F.mse_loss", lambda a, b, **k: (a - b).square().mean() * torch.nan)
-        with pytest.raises(ValueError, match=r"the loss is nan at step 10; the last good state is in"):
+        with pytest.raises(ValueError, match=r"the loss is no longer finite at step 10; the last good state is in"):
             train(dataclasses.replace(settings, lr=SETTINGS.lr), data, tmp_path, resume=True, log_every=5, save_every=100)
     assert all(torch.equal(good[k], v) for k, v in load_file(tmp_path / STATE).items())
 
@@ -235,6 +238,50 @@ def test_a_folder_with_a_corrupt_image(tmp_path):
     assert "2.png" in done.stderr.splitlines()[0]
     assert "trained on 7 images" in done.stdout
     assert fastdiff.load(tmp_path / "run" / CHECKPOINT).classes == ("cat", "dog")
+
+
+def test_what_a_kill_between_two_writes_left_undone_is_made_on_resume(unbroken, tmp_path):
+    stopped = KeyboardInterrupt("as if killed")
+
+    def dies(self, path, digest):
+        if self.step == SETTINGS.steps:
+            raise stopped
+        original(self, path, digest)
+
+    original = Run.save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "save", dies)
+        with pytest.raises(KeyboardInterrupt, match="as if killed"):
+            run(tmp_path)
+    for lost in (CHECKPOINT, "samples-000024.png", "loss.png"):
+        (tmp_path / lost).unlink()
+    run(tmp_path, resume=True)
+    assert_same_files(unbroken, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in unbroken.iterdir()}
+
+
+def test_few_timesteps_and_many_classes(tmp_path):
+    data = Dataset(small_dataset(66).images, np.arange(66), tuple(f"class {i}" for i in range(66)))
+    train(dataclasses.replace(SETTINGS, steps=1, timesteps=3), data, tmp_path)
+    with Image.open(tmp_path / "samples-000001.png") as picture:
+        assert picture.size == (8 * 24 + 7, 20 * 24 + 19)
+
+
+@pytest.mark.parametrize("change", [{"settings": None}, {"settings": {}}, {"history": 3}, {"step": "x"}])
+def test_a_damaged_state_is_one_line(unbroken, tmp_path, change):
+    tensors, about = read_tensors(unbroken / STATE)
+    write_tensors(tmp_path / STATE, tensors, about | change)
+    with pytest.raises(CheckpointError, match=r"damaged|no training run") as caught:
+        run(tmp_path, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_to_train_on(tmp_path):
+    data = dataclasses.replace(small_dataset(), test=np.ones(64, bool))
+    with pytest.raises(ValueError, match="all are held out"):
+        train(SETTINGS, data, tmp_path)
+    with pytest.raises(ValueError, match="at least 1"):
+        dataclasses.replace(SETTINGS, batch=0)
 
 
 def test_images_without_classes(tmp_path):
