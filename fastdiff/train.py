@@ -187,6 +187,22 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], Settings]
         raise CheckpointError(f"{path} is the state of no training run that this version knows: {e}") from None
 
 
+def take_up(run: Run, path: Path, digest: str) -> None:
+    """Bring a new run to where the state at `path` is. ValueError where that was another run, of other data or settings."""
+    tensors, about, saved = read_state(path)
+    if about.get("digest") != digest:
+        raise ValueError(f"{path} was trained on other data; give the same --data, or another --out for a new run")
+    for name, value in asdict(saved).items():
+        if name != "steps" and value != getattr(run.settings, name):
+            raise ValueError(f"{path} was trained with another {name}: {value}; leave it out, or give another --out")
+    try:
+        run.restore(tensors, about)
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise CheckpointError(f"{path} is damaged: {type(e).__name__}: {str(e).splitlines()[0]}") from None
+    if run.step > run.settings.steps:
+        raise ValueError(f"{path} is at step {run.step} already; give --steps above it to go on")
+
+
 @contextmanager
 def postponed_signals() -> Iterator[list[int]]:
     """Ctrl-C and SIGTERM are noted in the list rather than acted on; a second Ctrl-C acts at once."""
@@ -245,25 +261,13 @@ def train(
     digest = learn.digest()
     run = Run.new(settings, dataset, device)
     if resume:
-        tensors, about, saved = read_state(out / STATE)
-        if about["digest"] != digest:
-            raise ValueError(f"{out / STATE} was trained on other data; give the same --data, or another --out for a new run")
-        differ = [f.name for f in fields(Settings) if f.name != "steps" and getattr(saved, f.name) != getattr(settings, f.name)]
-        if differ:
-            raise ValueError(
-                f"{out / STATE} was trained with another {differ[0]}: {getattr(saved, differ[0])}; leave it out, or give another --out"
-            )
-        try:
-            run.restore(tensors, about)
-        except (KeyError, TypeError, ValueError, RuntimeError) as e:
-            raise CheckpointError(f"{out / STATE} is damaged: {type(e).__name__}: {str(e).splitlines()[0]}") from None
-        if run.step > settings.steps:
-            raise ValueError(f"{out / STATE} is at step {run.step} already; give --steps above it to go on")
+        take_up(run, out / STATE, digest)
     elif (out / STATE).exists():
         raise ValueError(f"{out} holds a training run already; add --resume to go on with it, or give another --out")
     make_folder(out)
-    for left in out.glob(".*.part"):  # by a run that was killed while it wrote
-        left.unlink()
+    for name in (STATE, CHECKPOINT, "loss.png", "samples-*.png"):  # left by a run that was killed while it wrote
+        for part in out.glob(f".{name}.*.part"):
+            part.unlink()
 
     pool = Pool.of(learn, settings.balance, device)
     table = noise_table(run.schedule, settings.prediction, device)
