@@ -38,7 +38,7 @@ def parser() -> cli.Parser:
         help="how strongly to follow the class: 1 plainly, more is clearer and less varied (2)",
     )
     p.add_argument(
-        "--steps", type=cli.whole(1), default=10, metavar="N", help="network evaluations per image; more is finer and slower (10)"
+        "--steps", type=cli.whole(1), default=12, metavar="N", help="network evaluations per image; more is finer and slower (12)"
     )
     p.add_argument(
         "--solver",

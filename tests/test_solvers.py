@@ -474,3 +474,10 @@ def test_a_timestep_without_noise_is_refused_only_where_it_is_used(solver):
     with pytest.raises(ValueError, match=r"timesteps without noise \(alpha_bar = 1\)"):
         table(solver, schedule, steps=4)
     assert table(solver, schedule, steps=2, spacing="trailing").timesteps.tolist() == [3, 1]
+
+
+def test_default_spacing_is_the_solvers_own():
+    schedule = Schedule.cosine(500)
+    for solver, first_and_last in (("ddpm", [499, 49]), ("ddim", [499, 49]), ("dpmpp_2m", [499, 0])):
+        assert solvers.table(solver, schedule, steps=10).timesteps[[0, -1]].tolist() == first_and_last
+        assert solvers.table(solver, schedule, steps=1).timesteps.tolist() == [499]
