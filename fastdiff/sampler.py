@@ -8,6 +8,7 @@ import copy
 import functools
 import itertools
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -223,7 +224,7 @@ class Sampler:
         out = torch.empty(n, *self.shape, device=self.device)
         seed_column, ids, weights = seed_column.to(self.device), ids.to(self.device), weights.to(self.device)
         label_column = None if label_column is None else label_column.to(self.device)
-        bar = tqdm(total=len(starts) * self.steps, unit="step", disable=not progress, leave=False, smoothing=0.1)
+        bar = tqdm(total=len(starts) * self.steps, unit="step", disable=not progress, leave=False, smoothing=0.1, **calm_bar())
         null = self.num_classes or 0
 
         def work(loop: _Loop, start: int) -> Iterator[None]:
@@ -317,6 +318,11 @@ def _tensor(values: Any, name: str) -> Tensor:
         return torch.as_tensor(values).cpu()
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name} is {values!r}; give a number, or one per image") from None
+
+
+def calm_bar() -> dict[str, float]:
+    """Settings of a progress bar: in a log file, where each new state stays, one in two seconds is enough."""
+    return {} if sys.stderr.isatty() else {"mininterval": 2.0}
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from .checkpoint import Checkpoint, CheckpointError, read_tensors, write_tensors
 from .devices import pick_device
 from .files import atomic_write, make_folder
 from .noise import counter, noise_table, signed
+from .sampler import calm_bar
 from .schedules import Schedule
 from .unet import UNet, UNetConfig
 
@@ -299,7 +300,7 @@ def train(
         run.checkpoint((record or {}) | about).save(out / CHECKPOINT)
         run.save(out / STATE, digest)
 
-    bar = tqdm(total=settings.steps, initial=run.step, unit="step", smoothing=0.05)
+    bar = tqdm(total=settings.steps, initial=run.step, unit="step", smoothing=0.05, **calm_bar())
     began, before = time.perf_counter(), run.seconds
     with bar, postponed_signals() as signals:
         while run.step < settings.steps and not signals:
