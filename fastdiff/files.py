@@ -22,6 +22,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as e:
+        if e.errno is None:  # an encoder's own words
+            raise
         raise OSError(e.errno, e.strerror, str(path)) from None  # the name that the user knows
     finally:
         part.unlink(missing_ok=True)

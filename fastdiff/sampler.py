@@ -164,7 +164,8 @@ class Sampler:
     def warmup(self, guided: bool = False, workers: int = 1) -> float:
         """Build what the first call would: buffers, compiled code, the CUDA graph. Returns the seconds it took."""
         began = time.perf_counter()
-        with _evaluating(self.model):
+        # The limit is a setting of the process, so it is lifted here, before there are worker threads, and not around their calls.
+        with _evaluating(self.model), _room_to_compile() if self.compile else contextlib.nullcontext():
             self._build(guided, workers)
         return time.perf_counter() - began
 
@@ -281,7 +282,6 @@ class Sampler:
 
 
 def _compiled(model: nn.Module) -> Callable[..., Tensor]:
-    import torch._dynamo.config
     from torch._inductor import config  # slow to import, and only needed here
 
     # Not "reduce-overhead": its outputs are overwritten by the next run, and x feeds back. The whole step is captured here instead.
@@ -292,13 +292,16 @@ def _compiled(model: nn.Module) -> Callable[..., Tensor]:
     if hasattr(config, "loop_reindexing_after_fusion"):
         options["loop_reindexing_after_fusion"] = False  # on, it makes upsample + convolution up to 6 times slower (pytorch issue 189488)
     compiled: Callable[..., Tensor] = torch.compile(model, options=options, dynamic=False)
+    return compiled
 
-    def call(*args: Tensor) -> Tensor:
-        # All networks of a class share one cache of compiled code, and past its limit they would run eagerly without a word.
-        with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
-            return compiled(*args)
 
-    return call
+@contextlib.contextmanager
+def _room_to_compile() -> Iterator[None]:
+    """All networks of a class share one cache of compiled code, and past its limit they would run eagerly without a word."""
+    import torch._dynamo.config
+
+    with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
+        yield
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import fastdiff
 from fastdiff import CheckpointError
+from fastdiff.files import atomic_write
 
 
 @pytest.fixture
@@ -57,6 +58,12 @@ def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
         small_checkpoint(1).save(saved)
     assert saved.read_bytes() == before
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def test_an_encoders_own_error_keeps_its_words(tmp_path):
+    with pytest.raises(OSError, match="cannot write this"), atomic_write(tmp_path / "x.png"):
+        raise OSError("cannot write this")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_such_file():
