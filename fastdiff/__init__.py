@@ -9,12 +9,12 @@ Importing it needs neither a GPU nor Triton.
 from . import solvers
 from .checkpoint import Checkpoint, CheckpointError, load
 from .data import DataError
-from .noise import add_noise, normal
-from .sampler import Sampler
+from .noise import add_noise, normal, slerp
+from .sampler import Sampler, State, Trajectory
 from .schedules import Schedule
 from .unet import UNet, UNetConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Checkpoint",
@@ -22,10 +22,13 @@ __all__ = [
     "DataError",
     "Sampler",
     "Schedule",
+    "State",
+    "Trajectory",
     "UNet",
     "UNetConfig",
     "add_noise",
     "load",
     "normal",
+    "slerp",
     "solvers",
 ]

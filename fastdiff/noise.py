@@ -12,10 +12,9 @@ from torch import Tensor
 
 from . import ops
 from .schedules import Schedule, whole
-from .solvers import PREDICTIONS
 
 # Top byte of the second counter word: what the noise is for. The numbers fix every image ever made; new streams get new numbers.
-STREAMS = {"step": 0, "start": 1, "training": 2, "draw": 3}
+STREAMS = {"step": 0, "start": 1, "training": 2, "draw": 3, "known": 4}
 
 
 def counter(stream: str, row: int, device: torch.device | str | None = None) -> Tensor:
@@ -63,14 +62,35 @@ def normal(seed: int | Sequence[int] | Tensor, ids: Sequence[int] | Tensor, row:
     return z.reshape(n, *shape)
 
 
+def slerp(z0: Tensor, z1: Tensor, weight: float | Sequence[float] | Tensor) -> Tensor:
+    """Between two noises on the great circle through them, which keeps their length (Shoemake 1985; Song et al. 2021, section 5.3).
+
+    z0, z1: [*shape]. weight: 0 gives z0 and 1 z1; a number gives [*shape], k numbers [k, *shape]. Where the two are parallel, a straight line.
+    """
+    if z0.shape != z1.shape:
+        raise ValueError(f"z0 has shape {list(z0.shape)} and z1 {list(z1.shape)}; they must be the same")
+    w = torch.as_tensor(weight, dtype=torch.float64, device=z0.device)
+    a, b = z0.double().flatten(), z1.double().flatten()
+    angle = torch.arccos((a @ b / (a.norm() * b.norm())).clamp(-1, 1))
+    if angle.sin() < 1e-6:
+        first, second = 1 - w, w
+    else:
+        first, second = ((1 - w) * angle).sin() / angle.sin(), (w * angle).sin() / angle.sin()
+    return (first[..., None] * a + second[..., None] * b).reshape(*w.shape, *z0.shape).to(z0.dtype)
+
+
 @lru_cache(maxsize=32)
 def noise_table(schedule: Schedule, prediction: str, device: torch.device) -> Tensor:
     """Rows (alpha, sigma, e, f) of `reference.add_noise` for a schedule, fp32 [T, 4]: the target e x_0 + f z is what the network predicts."""
     alpha, sigma = schedule.alpha, schedule.sigma
     one, zero = np.ones_like(alpha), np.zeros_like(alpha)
-    targets = {"epsilon": (zero, one), "v": (-sigma, alpha), "x0": (one, zero)}
+    targets = {"epsilon": (zero, one), "v": (-sigma, alpha), "x0": (one, zero), "flow": (-one, one)}
     if prediction not in targets:
-        raise ValueError(f"unknown prediction {prediction!r}; known: {', '.join(PREDICTIONS)}")
+        raise ValueError(f"unknown prediction {prediction!r}; known: {', '.join(targets)}")
+    if prediction == "v" and not schedule.preserving:
+        raise ValueError(
+            f"prediction 'v' is defined where alpha^2 + sigma^2 = 1, not for a schedule of {schedule.name!r}; take 'flow' or 'x0'"
+        )
     return torch.from_numpy(np.stack([alpha, sigma, *targets[prediction]], axis=1)).to(device, torch.float32)
 
 
@@ -87,7 +107,7 @@ def add_noise(
     """x_t ~ q(x_t | x_0) = alpha_t x_0 + sigma_t z in one pass, a timestep per sample (Ho et al. 2020, equation 4).
 
     x0: [N, ...], fp32, fp16 or bf16, also the result's; computed in fp32. t: integers [N] in 0 .. T - 1. z is `noise`, of x0's shape, or the
-    training noise stream of `seed` at sample `ids` (default 0 .. N - 1). target: "epsilon", "v" or "x0" returns the pair (x_t, what a
+    training noise stream of `seed` at sample `ids` (default 0 .. N - 1). target: "epsilon", "v", "x0" or "flow" returns the pair (x_t, what a
     network of that prediction should say). No gradient flows through it. ValueError for unfitting shapes, or both of noise and seed.
     A t on a CUDA device is not checked against T, since that would wait for the device.
     """

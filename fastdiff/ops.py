@@ -79,12 +79,21 @@ def _(x0: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return x0.new_empty(x0.shape), x0.new_empty(x0.shape if args[-1] else (0,))
 
 
-@custom_op("fastdiff::solver_step", mutates_args=("x", "x0", "model_input"))
+@custom_op("fastdiff::solver_step", mutates_args=("x", "x0", "model_input", "history"))
 def solver_step(
-    x: Tensor, x0: Tensor, m: Tensor, model_input: Tensor, table: Tensor, row: Tensor, seeds: Tensor, ids: Tensor, guidance: Tensor
+    x: Tensor,
+    x0: Tensor,
+    m: Tensor,
+    model_input: Tensor,
+    history: Tensor,
+    table: Tensor,
+    row: Tensor,
+    seeds: Tensor,
+    ids: Tensor,
+    guidance: Tensor,
 ) -> None:
-    """One row of a solver, in place on x, x0 and model_input."""
-    reference.solver_step(x, x0, m, model_input, table, row, seeds, ids, guidance)
+    """One row of a solver, in place on x, x0, history and model_input."""
+    reference.solver_step(x, x0, m, model_input, history, table, row, seeds, ids, guidance)
 
 
 @solver_step.register_kernel("cuda")

@@ -83,37 +83,58 @@ def add_noise(
     return x_t, (e * clean + f * z).to(x0.dtype) if target else x0.new_empty(0)
 
 
-# Columns of a solver table, fp32 [rows, COLUMNS]; see solver_step.
-COLUMNS = 9
+# Columns of a solver table, fp32 [rows, COLUMNS], in order; see solver_step.
+COLUMNS = ("px", "pm", "clip", "a", "b", "c", "d", "s", "c_next", "h0", "h1", "h2", "slot", "save_x", "save_x0", "log_s")
+# Saved values that a solver may look back on, beside the x0 of the row before.
+SLOTS = 3
 
 
 def solver_step(
-    x: Tensor, x0: Tensor, m: Tensor, model_input: Tensor, table: Tensor, row: Tensor, seeds: Tensor, ids: Tensor, guidance: Tensor
+    x: Tensor,
+    x0: Tensor,
+    m: Tensor,
+    model_input: Tensor,
+    history: Tensor,
+    table: Tensor,
+    row: Tensor,
+    seeds: Tensor,
+    ids: Tensor,
+    guidance: Tensor,
 ) -> None:
-    """One row of a solver, in place on x, x0 and model_input.
+    """One row of a solver, in place on x, x0, history and model_input.
 
-        m  = m_u + w (m_c - m_u)            where m holds two halves, conditional first
+        m  = m_u + w (m_c - m_u)                    where m holds two halves, conditional first
         x0_new = clamp(px x + pm m, -clip, clip)
-        x <- a x + b x0_new + c x0 + d m + s z
-        x0 <- x0_new
-        model_input <- c_next x             in its own dtype, into both halves where it has two
+        x_new = a x + b x0_new + c x0 + d m + sum_k h_k history_k + s exp(log_s v) z
+        history_slot <- save_x x + save_x0 x0_new   unless slot is -1
+        x <- x_new;  x0 <- x0_new
+        model_input <- c_next x_new                 in its own dtype, into both halves where it has two
 
-    (px, pm, clip, a, b, c, d, s, c_next) = table[row], fp32 [rows, 9]. x, x0: fp32 [N, ...]. m, model_input: [N, ...] or
-    [2N, ...], any float dtype. row: integer [1]. seeds, ids: int64 [N]. guidance: w, fp32 [N]. z: the noise stream at this row.
-    c = 0 ignores x0 as it was, even NaN, and s = 0 makes no noise. NaN in m stays NaN: clamp does not hide it.
+    The columns of table[row] are COLUMNS. x, x0: fp32 [N, C, ...]. m, model_input: [N, C, ...] or [2N, C, ...], any float dtype; m may
+    have 2C channels, the second C being v, which the network has learned of its variance (v of the conditional half), else v is 0.
+    history: fp32 [SLOTS, N, C, ...], or [0, ...] for a table that uses none. row: integer [1]. seeds, ids: int64 [N]. guidance: w, fp32 [N].
+    z: the noise stream at this row. A coefficient of 0 ignores what it weighs, even NaN, for x0, history and noise. NaN in m stays NaN:
+    clamp does not hide it.
     """
-    n = len(x)
+    n, channels = x.shape[:2]
     per_sample = (n, *[1] * (x.ndim - 1))
-    px, pm, clip, a, b, c, d, s, c_next = table[row.reshape(())].unbind(0)
-    model = m.float()
+    px, pm, clip, a, b, c, d, s, c_next, h0, h1, h2, slot, save_x, save_x0, log_s = table[row.reshape(())].unbind(0)
+    model, v = m[:, :channels].float(), m[:n, channels:].float()
     if len(m) != n:
         model = model[n:] + guidance.reshape(per_sample) * (model[:n] - model[n:])
     new = torch.clamp(px * x + pm * model, -clip, clip)
     out = a * x + b * new + d * model
     if c != 0:
         out = out + c * x0
+    if len(history):
+        for h, saved in zip((h0, h1, h2), history, strict=True):
+            if h != 0:
+                out = out + h * saved
+        if slot >= 0:
+            history[int(slot)].copy_(save_x * x + save_x0 * new)
     if s != 0 and n:
-        out = out + s * normal(seeds, ids, row, x[0].numel()).reshape(x.shape)
+        z = normal(seeds, ids, row, x[0].numel()).reshape(x.shape)
+        out = out + s * (z * torch.exp(log_s * v) if v.numel() else z)
     x.copy_(out)
     x0.copy_(new)
     model_input.copy_((c_next * out).repeat(len(model_input) // max(n, 1), *[1] * (x.ndim - 1)))

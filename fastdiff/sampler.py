@@ -1,4 +1,4 @@
-"""The reverse process: pure noise in, images out, by static buffers, one fused update a row and micro-batches of one fixed shape."""
+"""The reverse process: pure noise in, images out, in micro-batches of one fixed shape."""
 
 from __future__ import annotations
 
@@ -7,110 +7,83 @@ import contextlib
 import copy
 import functools
 import itertools
+import math
 import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import ops, solvers
+from . import noise, solvers, ways
 from .devices import pick_device
-from .noise import column64, counter, signed
+from .loop import BUILDING, CHUNK, Engine, Guide, Kind, Loop, Network, State, answered
+from .noise import column64, signed
 from .schedules import Schedule, whole
 
-# Images per model call when micro_batch is "auto". CPU: 64 was as fast as 128 and faster than 16 and 32 on two cores (docs/network.md).
+__all__ = ["Sampler", "State", "Trajectory"]
+
+# Rows of one network call when micro_batch is "auto". CPU: 64 was as fast as 128 and faster than 16 and 32 on two cores (docs/network.md).
 # CUDA: enough to fill the chip; one shape for all, so that images do not depend on how many are asked for.
 AUTO_ROWS = {"cpu": 64, "cuda": 1024}
+# Fewer rows, so that few images occupy all cores too: only where the network gives the same bits (see `_same_bits`), which below 16 it does not.
+FEWER_ROWS = (32, 16)
+# Compiled code is made for one shape only, so it is one that suits few images and many.
+COMPILED_ROWS = 32
+# Kinds of loops that are kept. Each holds its buffers, and on CUDA its graphs; the least recently used goes.
+KEPT = 4
 
 Callback = Callable[[int, Tensor], None]
+# After a row: row, first image, the one after the last, and the loop that they are in.
+Watch = Callable[[int, int, int, Loop], None]
 
 
-class _Loop:
-    """The buffers of one micro-batch shape and one step over them. Nothing in `step` allocates state, reads the device or branches on it."""
+class Trajectory(NamedTuple):
+    """Images with what they were on the way. images: fp32 [N, *shape]. rows: the rows asked for. x, x0: fp32 [F, N, *shape], the state after each of
+    those rows and the guess of x_0 in it; on the CPU."""
 
-    def __init__(
-        self,
-        model: Callable[..., Tensor],
-        table: solvers.Table,
-        size: int,
-        shape: tuple[int, ...],
-        device: torch.device,
-        dtype: torch.dtype,
-        conditional: bool,
-        guided: bool,
-    ) -> None:
-        self.model, self.size, self.guided = model, size, guided
-        rows = 2 * size if guided else size
-        self.x = torch.zeros(size, *shape, device=device)
-        self.x0 = torch.zeros_like(self.x)
-        self.model_input = torch.zeros(rows, *shape, device=device, dtype=dtype)
-        self.labels = torch.zeros(rows, device=device, dtype=torch.int64) if conditional else None
-        self.seeds = torch.zeros(size, device=device, dtype=torch.int64)
-        self.ids = torch.zeros(size, device=device, dtype=torch.int64)
-        self.guidance = torch.ones(size, device=device)
-        self.row = torch.zeros(1, device=device, dtype=torch.int64)
-        self.start = counter("start", 0, device)
-        self.table, self.timesteps = table.tensors(device)
-        self.scale = table.start
-        self.graph: torch.cuda.CUDAGraph | None = None
+    images: Tensor
+    rows: tuple[int, ...]
+    x: Tensor
+    x0: Tensor
 
-    def begin(self, seeds: Tensor, ids: Tensor, labels: Tensor | None, guidance: Tensor, null: int) -> None:
-        """Start samples: x_T from the noise stream. Fewer than `size` are filled up with the last one."""
-        pad = torch.arange(self.size, device=self.x.device).clamp(max=len(ids) - 1)
-        self.seeds.copy_(seeds[pad])
-        self.ids.copy_(ids[pad])
-        self.guidance.copy_(guidance[pad])
-        if self.labels is not None and labels is not None:
-            self.labels[: self.size].copy_(labels[pad])
-            self.labels[self.size :].fill_(null)
-        self.row.zero_()
-        self.x.copy_(self.scale * ops.normal(self.seeds, self.ids, self.start, self.x[0].numel()).reshape(self.x.shape))
-        self.model_input.copy_(self.x.repeat(2 if self.guided else 1, *[1] * (self.x.ndim - 1)))
 
-    def step(self) -> None:
-        t = self.timesteps[self.row].expand(len(self.model_input))
-        m = self.model(self.model_input, t) if self.labels is None else self.model(self.model_input, t, self.labels)
-        if m.shape != self.model_input.shape:
-            raise ValueError(f"the network made {list(m.shape)} of {list(self.model_input.shape)}; it must keep the shape")
-        ops.solver_step(self.x, self.x0, m.contiguous(), self.model_input, self.table, self.row, self.seeds, self.ids, self.guidance)
-        self.row.add_(1)
+class _Job(NamedTuple):
+    """The arguments of one call, checked, and as columns on the device."""
 
-    def capture(self) -> None:
-        """Record `step` as a CUDA graph, so that a row costs the host one launch. All that it reads and writes are the buffers above."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self.row.zero_()
-                self.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.row.zero_()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.step()
-
-    def advance(self) -> None:
-        if self.graph is not None:
-            self.graph.replay()
-        else:
-            self.step()
+    n: int
+    table: solvers.Table
+    kind: Kind
+    guided_rows: tuple[bool, ...]
+    columns: dict[str, Tensor]
+    noisy: bool
+    names: Callable[[int], str]
+    watch: Watch | None
+    alone: bool
 
 
 class Sampler:
     """Samples from any network called `model(x, t)` or `model(x, t, labels)`; see `__call__`.
 
-    model: a torch.nn.Module; x is [rows, *shape] in `dtype`, t int64 [rows], labels int64 [rows] with `num_classes` as the null class.
-    prediction: what it returns, "epsilon", "v" or "x0". solver, steps and `options` (spacing, eta, variance): see `fastdiff.solvers`.
-    clip: x_0 is clamped to [-clip, clip], None for not. device, dtype: default where the model's parameters are, and fp32 on the CPU, bf16 on
-    CUDA; where they differ from the model's own, a copy is sampled from, of the weights as they are now. compile: "auto" compiles on CUDA and
-    runs eagerly on the CPU. micro_batch: images worked on at a time, "auto" for the device's best. All work is done in micro-batches of this
-    one shape, the last one filled up, so an image depends on its seed and id, not on how many are made with it. On the CPU each core runs its
-    own micro-batches on one thread, so it does not depend on the number of threads either.
+    model: a torch.nn.Module; x is [rows, *shape] in `dtype`, t [rows], labels int64 [rows] with `num_classes` as the null class. t is int64, or
+    fp32 where the solver looks between timesteps. It returns a tensor of x's shape (or of twice its channels, with a learned variance), or
+    something with that in `.sample`. prediction: what it returns, "epsilon", "v", "x0", "flow" or "edm". solver, steps and `options` (spacing,
+    eta, variance, ...): see `fastdiff.solvers`. clip: x_0 is clamped to [-clip, clip], None for not. threshold: dynamic thresholding at that
+    quantile (0.995, say) instead; it sorts every image in every row, outside the fused update. device, dtype: default where the model's
+    parameters are, and fp32 on the CPU, bf16 on CUDA; where they differ from the model's own, a copy is sampled from, of the weights as they
+    are now. compile: "auto" takes what `measure` has found to be the fastest here, else compiles on CUDA and runs eagerly on the CPU;
+    compiled code for the CPU has the weights, as they are now, built in. micro_batch: images worked on at a time, "auto" for the device's
+    best, halved when memory runs out. All work is done in micro-batches of one shape, the last one filled up, so an image depends on its
+    seed and id, not on how many are made with it. On the CPU each core runs its own micro-batches on one thread, so it does not depend on
+    the number of threads either.
+
+    A Sampler may be used from several threads: calls wait for one another. Samplers of their own run at the same time.
 
     ValueError for whatever does not fit, in one line that says what would.
     """
@@ -129,6 +102,7 @@ class Sampler:
         dtype: torch.dtype | None = None,
         compile: bool | str = "auto",
         micro_batch: int | str = "auto",
+        threshold: float | None = None,
         **options: Any,
     ) -> None:
         own = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
@@ -140,49 +114,219 @@ class Sampler:
             raise ValueError(f'micro_batch is {micro_batch!r}; give a whole number of at least 1, or "auto"')
         if compile not in (True, False, "auto"):
             raise ValueError(f'compile is {compile!r}; give True, False or "auto"')
-        self.table = solvers.table(solver, schedule, steps=steps, prediction=prediction, clip=clip, **options)
+        if threshold is not None and not (_real(threshold) and 0 < threshold <= 1):
+            raise ValueError(f"threshold is {threshold!r}; give a quantile above 0 and at most 1, such as 0.995, or None")
+        self.schedule, self.solver, self.options, self.threshold = schedule, solver, options, threshold
+        self._always = {"prediction": prediction, "clip": None if threshold is not None else clip}
+        self._steps = steps
+        self.table = self._table()
         self.shape, self.num_classes, self.micro_batch = tuple(shape), num_classes, micro_batch
-        self.compile = self.device.type == "cuda" if compile == "auto" else bool(compile)
         floats = {p.dtype for p in model.parameters()}  # buffers alone may have their reasons
         if own.device != self.device or not floats <= {self.dtype}:
             model = copy.deepcopy(model).to(self.device, self.dtype)
         self.model = model
-        self._call: Callable[..., Tensor] = _compiled(model) if self.compile else model
-        self._loops: dict[tuple[int, bool], list[_Loop]] = {}
+        self._asked = compile
+        self.compile = bool(compile) if compile != "auto" else self._recalled() == "compiled"
+        self._network: Network | None = None
+        self._engines: collections.OrderedDict[Kind, Engine] = collections.OrderedDict()
+        self._equal: tuple[int, ...] | None = None
+        self._room = sys.maxsize  # rows of a network call that there is memory for
+        self._lock = threading.RLock()
 
     @property
     def steps(self) -> int:
         """Network evaluations per image (twice as many images each, with guidance)."""
         return len(self.table)
 
-    def size(self, guided: bool) -> int:
-        """Images per micro-batch."""
-        if self.micro_batch != "auto":
-            return int(self.micro_batch)
-        return AUTO_ROWS.get(self.device.type, 64) // (2 if guided else 1)
+    @property
+    def way(self) -> str:
+        """How the network runs: "eager" or "compiled", and on CUDA whether out of a CUDA graph."""
+        return ("compiled" if self.compile else "eager") + (", captured" if self.device.type == "cuda" else "")
 
-    def warmup(self, guided: bool = False, workers: int = 1) -> float:
-        """Build what the first call would: buffers, compiled code, the CUDA graph. Returns the seconds it took."""
+    def _table(self, solver: str | None = None, steps: int | None = None, **options: Any) -> solvers.Table:
+        """The rows for a solver and steps of one call, by default the sampler's own, with its options where the solver is its own."""
+        own = self.options if solver in (None, self.solver) else {}
+        if steps is not None or "spacing" in options:
+            own = {name: value for name, value in own.items() if name != "timesteps"}
+        if "timesteps" in options:
+            own = {name: value for name, value in own.items() if name != "spacing"}
+        options = {**self._always, **own, **options}
+        if "timesteps" not in options:
+            options["steps"] = self._steps if steps is None else steps
+        return solvers.table(solver or self.solver, self.schedule, **options)
+
+    def size(self, guided: bool, n: int | None = None, mixed: bool = False) -> int:
+        """Images per micro-batch, for n images, or for many. mixed: guided in some rows only, so that the network is called with half as many, too."""
+        halves = 2 if guided else 1
+        room = max(self._room // halves, 1)
+        if self.micro_batch != "auto":
+            return min(int(self.micro_batch), room)
+        if self.device.type != "cpu" or self.compile:
+            return min((COMPILED_ROWS if self.device.type == "cpu" else AUTO_ROWS[self.device.type]) // halves, room)
+        threads, most = _threads(), AUTO_ROWS["cpu"]
+        if n is None or n * halves >= 2 * threads * most:
+            return min(most // halves, room)
+        same = self._same_bits()
+        if mixed:
+            same = tuple(rows for rows in same if rows == same[0] or {rows // 2, same[0] // 2} <= set(same))
+        # Rounds of all threads, times images in each. A call of fewer rows is some percent slower an image.
+        cost = {rows: math.ceil(math.ceil(n * halves / rows) / threads) * rows * (1 + 0.03 * i) for i, rows in enumerate(same)}
+        return min(min(cost, key=cost.__getitem__) // halves, room)
+
+    def _same_bits(self) -> tuple[int, ...]:
+        """Rows of a network call, the most first, that all give the same bits, by trying: for another shape a library may sum in another order."""
+        while self._equal is None:
+            most = min(AUTO_ROWS["cpu"], self._room)
+            x = noise.normal(0, range(most), 0, self.shape, stream="draw").to(self.dtype)
+            columns = [x, self.table.tensors("cpu")[1][:1].expand(most)]
+            if self.num_classes is not None:
+                columns.append(torch.arange(most) % (self.num_classes + 1))
+            model = self._take_network().model
+
+            def call(start: int, stop: int, columns: list[Tensor] = columns, model: nn.Module = model) -> Any:
+                return answered(model(*(column[start:stop] for column in columns)))
+
+            try:
+                with torch.no_grad(), _evaluating(self.model), _one_thread():
+                    full = call(0, most)
+                    fits = isinstance(full, Tensor) and full.device == self.device and full.shape[:1] == (most,)
+                    self._equal = (
+                        most,
+                        *(
+                            rows
+                            for rows in FEWER_ROWS
+                            if fits
+                            and rows < most
+                            and all(torch.equal(call(i, i + rows), full[i : i + rows]) for i in range(0, most, rows))
+                        ),
+                    )
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+                if most == 1 or not _is_out_of_memory(e):
+                    raise
+                self._room = most // 2
+        return self._equal
+
+    def warmup(self, guided: bool = False, workers: int = 1, n: int | None = None) -> float:
+        """Build what the first call would: buffers, compiled code, CUDA graphs. n: for that many images. Returns the seconds it took."""
         began = time.perf_counter()
-        # The limit is a setting of the process, so it is lifted here, before there are worker threads, and not around their calls.
-        with _evaluating(self.model), _room_to_compile() if self.compile else contextlib.nullcontext():
-            self._build(guided, workers)
+        with self._lock:
+            kind = self._kind(self.table, guided, self.size(guided, n), threshold=self.threshold)
+            self._build(kind, self.table, (guided,) * len(self.table), workers)
         return time.perf_counter() - began
 
-    def _build(self, guided: bool, workers: int) -> None:
-        loops = self._loops.setdefault((self.size(guided), guided), [])
-        while len(loops) < workers:
-            loop = _Loop(
-                self._call, self.table, self.size(guided), self.shape, self.device, self.dtype, self.num_classes is not None, guided
-            )
+    def measure(self, guided: bool = False, rounds: int = 5) -> dict[str, float]:
+        """Milliseconds of one row, for each way the network can run here: "eager", "compiled". Median of `rounds`, interleaved.
+
+        What is fastest is remembered for this kind of network, number of rows, device and version of torch, in a file of the user's cache
+        ($FASTDIFF_CACHE), where `compile="auto"` looks it up. Compiling takes from seconds to minutes, the first time.
+        """
+        found: dict[str, list[float]] = {}
+        with self._lock, torch.no_grad():
+            runs: dict[str, Callable[[], None]] = {}
+            for way in ("eager", "compiled"):
+                other = Sampler(
+                    self.model, self.schedule, self.shape, num_classes=self.num_classes, device=self.device, dtype=self.dtype,
+                    compile=way == "compiled", micro_batch=self.measured_rows // (2 if guided else 1), **{**self._always, **self._shown()},
+                )  # fmt: skip
+                try:
+                    other.warmup(guided)
+                except Exception as e:
+                    if way == "eager":
+                        raise
+                    warnings.warn(f"the network cannot be compiled here: {(str(e).splitlines() or [type(e).__name__])[0]}", stacklevel=2)
+                    continue
+                runs[way] = functools.partial(other._time, guided)
+            for _ in range(rounds):
+                for way, run in (*runs.items(), *reversed(runs.items())):
+                    began = time.perf_counter()
+                    run()
+                    found.setdefault(way, []).append((time.perf_counter() - began) * 1e3)
+        result = {way: sorted(times)[len(times) // 2] for way, times in found.items()}
+        ways.remember(self._key(), result)
+        if self._asked == "auto" and (min(result, key=result.__getitem__) == "compiled") != self.compile:
+            self.compile, self._network, self._equal = not self.compile, None, None
+            self._engines.clear()
+        return result
+
+    def _shown(self) -> dict[str, Any]:
+        return {"solver": self.solver, "steps": self._steps, "threshold": self.threshold, **self.options}
+
+    def _time(self, guided: bool) -> None:
+        """One row of one micro-batch, on one thread of a CPU."""
+        ((_, engine),) = self._engines.items()
+        loop = engine.loops[0]
+        loop.row.zero_()
+        with _evaluating(self.model), _one_thread() if self.device.type == "cpu" else torch.cuda.device(self.device):
+            loop.advance(guided, 1)
             if self.device.type == "cuda":
-                with torch.cuda.device(self.device), torch.inference_mode():
-                    loop.capture()
-                    torch.cuda.synchronize()
-            elif self.compile and not loops:
-                with torch.inference_mode(), _one_thread():
-                    loop.step()
-            loops.append(loop)
+                torch.cuda.synchronize()
+
+    @property
+    def measured_rows(self) -> int:
+        """Rows of a network call that `measure` times: images, or twice as many as there are images, with guidance."""
+        return COMPILED_ROWS if self.device.type == "cpu" else AUTO_ROWS[self.device.type]
+
+    def _key(self) -> str:
+        return ways.key(self.model, self.device, self.dtype, self.measured_rows)
+
+    def _recalled(self) -> str:
+        found = ways.recall(self._key())
+        return min(found, key=found.__getitem__) if found else "compiled" if self.device.type == "cuda" else "eager"
+
+    def _take_network(self) -> Network:
+        if self._network is None:
+            compiler = functools.partial(_compiled, cuda=self.device.type == "cuda") if self.compile else None
+            self._network = Network(self.model, self.num_classes, compiler)
+        return self._network
+
+    def _kind(
+        self,
+        table: solvers.Table,
+        guided: bool,
+        size: int,
+        painted: bool = False,
+        threshold: float | None = None,
+        guide: Guide | None = None,
+    ) -> Kind:
+        fractional = table.timesteps.dtype.kind == "f"
+        capacity = max(64, 1 << (len(table) - 1).bit_length())
+        return Kind(size, guided, table.history, fractional, capacity, painted, threshold, guide)
+
+    def _build(self, kind: Kind, table: solvers.Table, guided_rows: Sequence[bool], workers: int) -> Engine:
+        """The engine of a kind with the table in it, ready to run."""
+        # The limit on compilations is a setting of the process, so it is lifted here, before there are worker threads, and not around their calls.
+        room = _room_to_compile(freeze=self.device.type == "cpu") if self.compile else contextlib.nullcontext()
+        place = torch.cuda.device(self.device) if self.device.type == "cuda" else _one_thread()
+        with BUILDING, torch.no_grad(), _evaluating(self.model), room, place:
+            if kind not in self._engines:
+                self._drop(KEPT - 1)
+                self._engines[kind] = Engine(
+                    self._take_network(), kind, self.shape, self.device, self.dtype, capture=self.device.type == "cuda"
+                )
+            self._engines.move_to_end(kind)
+            engine = self._engines[kind]
+            engine.load(table)
+            engine.grow(workers)
+            if self.device.type == "cuda":
+                for guided in set(guided_rows):
+                    runs = [len(list(run)) for flag, run in itertools.groupby(guided_rows) if flag == guided]
+                    for loop in engine.loops:
+                        loop.build(guided, max(runs))
+                torch.cuda.synchronize()
+            elif self.compile:
+                for guided in set(guided_rows) - engine.ready:
+                    engine.loops[0].row.zero_()
+                    engine.loops[0].step(guided)
+                    engine.ready.add(guided)
+        return engine
+
+    def _drop(self, kept: int) -> None:
+        """Let go of all but the kinds used last, and give their memory back."""
+        if len(self._engines) > kept:
+            while len(self._engines) > kept:
+                self._engines.popitem(last=False)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def __call__(
         self,
@@ -193,68 +337,273 @@ class Sampler:
         seeds: Sequence[int] | Tensor | None = None,
         labels: int | Sequence[int] | Tensor | None = None,
         guidance: float | Sequence[float] | Tensor = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guide: Guide | None = None,
+        latents: Tensor | None = None,
+        x_start: Tensor | None = None,
+        strength: float = 1.0,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
         callback: Callback | None = None,
         progress: bool = False,
+        solver: str | None = None,
+        steps: int | None = None,
+        _watch: Callable[[solvers.Table], Watch] | None = None,
+        **options: Any,
     ) -> Tensor:
         """n images, fp32 [n, *shape], in [-1, 1] where x_0 is clamped to that.
 
         Image i is sample `first + i` of `seed`, or, with seeds, sample 0 of seeds[i]. labels: a class, or one per image; None for the null
         class. guidance: w of classifier-free guidance (Ho & Salimans 2022) as m_u + w (m_c - m_u), one number or one per image: 1 is none, and
-        costs one evaluation rather than two. callback(row, x0): after every row of every micro-batch, with its current guess of x_0, fp32
-        [up to micro_batch, *shape], a buffer that the next row overwrites. progress: a bar with the time left.
+        costs one evaluation rather than two. guidance_interval: (low, high) of what the network is told as t; outside it guidance is 1, and the
+        second evaluation is left out (Kynkaanniemi et al. 2024). guide: a function of `State` that returns x0, fp32 [micro_batch, *shape],
+        called in every row; slower, since it runs outside the fused update and no CUDA graph holds it.
 
-        ValueError for arguments that do not fit, and for a network whose result is not finite (the sample is named).
+        latents: noise to start from instead of the stream's, of unit variance, [n, *shape] (see `encode`, `fastdiff.slerp`). x_start, strength:
+        images to start from, [n, *shape] or one of [*shape], noised so far that the last `strength` of the steps remove it (Meng et al. 2022,
+        SDEdit). known, mask: images and where they are to be kept, 1 or 0, each [n, *shape] or one of [*shape] (the mask also of one channel):
+        that region is noised anew from the stream after each row (Lugmayr et al. 2022, RePaint; `resample=10` walks each step ten times).
+
+        callback(row, x0): after every row of every micro-batch, with its current guess of x_0, fp32 [up to micro_batch, *shape], a buffer that
+        the next row overwrites. progress: a bar with the time left. solver, steps, options: another solver for this call, without a new capture.
+
+        ValueError for arguments that do not fit, and for a network whose result is not finite (row and sample are named).
         """
-        if not whole(n) or n < 0:
-            raise ValueError(f"the number of images is {n!r}; give a whole number of at least 0")
-        seed_column, ids = self._samples(n, seed, first, seeds)
+        if guide is not None and not callable(guide):
+            raise ValueError("guide must be a function of a fastdiff.State that returns x0")
+        if not _real(strength) or not 0 < strength <= 1:
+            raise ValueError(f"strength is {strength!r}; give a number above 0, and at most 1, all of the steps")
+        if x_start is None and strength != 1:
+            raise ValueError("strength says how much of x_start is to be noised; give x_start too")
+        if x_start is not None and latents is not None:
+            raise ValueError("give either x_start, images, or latents, noise")
+        if (known is None) != (mask is None):
+            raise ValueError("known and mask go together: images, and 1 where they are to be kept")
+        table = self._table(solver, steps, strength=strength, **options)
+        also = None if _watch is None else _watch(table)
+
+        def watch(row: int, start: int, stop: int, loop: Loop) -> None:
+            if also is not None:
+                also(row, start, stop, loop)
+            if callback is not None:
+                callback(row, loop.x0[: stop - start])
+
+        return self._sample(
+            n, table, seed=seed, first=first, seeds=seeds, labels=labels, guidance=guidance, interval=guidance_interval, guide=guide,
+            given={"latents": latents, "images": x_start, "known": known, "mask": mask},
+            watch=watch if also is not None or callback is not None else None, alone=callback is not None or guide is not None,
+            threshold=self.threshold, progress=progress,
+        )  # fmt: skip
+
+    def trajectory(self, n: int, rows: int | Sequence[int] = 8, **call: Any) -> Trajectory:
+        """Images with the state and the guess of x_0 after some rows: a number of them, evenly spread to the last, or a list. Only those are kept.
+
+        call: as of `__call__`. ValueError for rows that there are not.
+        """
+        _count(n)
+        kept: list[Any] = []
+
+        def watch_of(table: solvers.Table) -> Watch:
+            total = len(table)
+            if whole(rows):
+                count = int(rows)  # type: ignore[arg-type]
+                wanted = tuple(round((i + 1) * total / count) - 1 for i in range(count))
+            else:
+                wanted = tuple(rows) if isinstance(rows, Iterable) else ()
+            if not wanted or not all(whole(row) and 0 <= row < total for row in wanted) or len(set(wanted)) < len(wanted):
+                raise ValueError(f"rows is {rows!r}; give different numbers from 0 to {total - 1}, or how many, from 1 to {total}")
+            x, x0 = (torch.empty(len(wanted), n, *self.shape) for _ in range(2))
+            places = {row: i for i, row in enumerate(wanted)}
+            kept.extend((wanted, x, x0))
+
+            def watch(row: int, start: int, stop: int, loop: Loop) -> None:
+                if row in places:
+                    x[places[row], start:stop] = loop.x[: stop - start].cpu()
+                    x0[places[row], start:stop] = loop.x0[: stop - start].cpu()
+
+            return watch
+
+        return Trajectory(self(n, _watch=watch_of, **call), *kept)
+
+    def encode(
+        self,
+        images: Tensor,
+        *,
+        labels: int | Sequence[int] | Tensor | None = None,
+        guidance: float | Sequence[float] | Tensor = 1.0,
+        solver: str | None = None,
+        steps: int | None = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> Tensor:
+        """The noise that an image comes from: images [N, *shape] in [-1, 1] -> latents fp32 [N, *shape], for `latents=`, by the solver run
+        backwards (Song et al. 2021, section 4.3: DDIM inversion).
+
+        solver: one that adds no noise; by default the sampler's own if it adds none, else ddim. Steps are even in the log-SNR unless its options
+        or these say otherwise (spacing, timesteps), and x_0 is not clamped. The same solver, steps, spacing and labels, guidance 1, bring the
+        image back; second-order solvers (dpmpp_2m, heun) need the fewest steps.
+        """
+        if not isinstance(images, Tensor) or images.ndim != 1 + len(self.shape):
+            shape = f"of shape {list(images.shape)}" if isinstance(images, Tensor) else repr(images)
+            raise ValueError(f"images are {shape}; give a tensor, fp32 [N, {', '.join(map(str, self.shape))}]")
+        if solver is None and self._table(steps=steps).column("s").any():
+            levels = {name: value for name, value in self.options.items() if name in ("spacing", "timesteps") and steps is None}
+            solver, options = "ddim", {**levels, "eta": 0.0, **options}
+        own = self.options if solver in (None, self.solver) else {}
+        if not {"spacing", "timesteps"} & {*own, *options} and self.schedule.preserving:
+            options["spacing"] = "logsnr"
+        table = self._table(solver, steps, invert=True, clip=None, **options)
+        z = self._sample(len(images), table, labels=labels, guidance=guidance, given={"images": images}, noisy=False, progress=progress)
+        return z / self._table(solver, steps, **options).start
+
+    def interpolate(self, seeds: tuple[int, int], n: int = 9, **call: Any) -> Tensor:
+        """n images from that of seeds[0] to that of seeds[1], their starting noise on the great circle between the two (`fastdiff.slerp`).
+
+        call: as of `__call__`, without seeds. The noise of the steps, where the solver has any, is seeds[0]'s throughout.
+        """
+        if not isinstance(seeds, Sequence) or len(seeds) != 2 or not whole(n) or n < 2:
+            raise ValueError("interpolation takes two seeds and at least 2 images")
+        ends = noise.normal(list(seeds), [0, 0], 0, self.shape, stream="start")
+        weights = torch.linspace(0, 1, n)
+        z = noise.slerp(ends[0], ends[1], weights)
+        z[0], z[-1] = ends  # to the bit
+        return self(n, seeds=[seeds[0]] * n, latents=z, **call)
+
+    def _sample(
+        self,
+        n: int,
+        table: solvers.Table,
+        *,
+        seed: int = 0,
+        first: int = 0,
+        seeds: Sequence[int] | Tensor | None = None,
+        labels: int | Sequence[int] | Tensor | None = None,
+        guidance: float | Sequence[float] | Tensor = 1.0,
+        interval: tuple[float, float] | None = None,
+        guide: Guide | None = None,
+        given: dict[str, Tensor | None],
+        noisy: bool = True,
+        watch: Watch | None = None,
+        alone: bool = False,
+        threshold: float | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """A call, once its table is made: check the arguments and run them, in smaller micro-batches when memory runs out."""
+        _count(n)
+        columns = dict(zip(("seeds", "ids"), self._samples(n, seed, first, seeds), strict=True))
         label_column = self._labels(n, labels)
+        if label_column is not None:
+            columns["labels"] = label_column
         weights = _tensor(guidance, "guidance").float()
         if weights.shape not in ((), (n,)) or not weights.isfinite().all():
             raise ValueError(f"guidance must be one finite number, or one per image, [{n}]")
-        weights = weights.expand(n).contiguous()
+        columns["guidance"] = weights.expand(n).contiguous()
+        for name, images in given.items():
+            if images is not None:
+                columns[name] = self._images(images, n, name)
         guided = bool((weights != 1).any())
         if guided and (self.num_classes is None or labels is None):
             raise ValueError("guidance needs labels, and a network with classes and a null class (num_classes)")
+        rows = (guided,) * len(table)
+        if interval is not None:
+            low, high = _interval(interval)
+            rows = tuple(guided and low <= t <= high for t in table.timesteps)
+            guided = any(rows)
+        columns = {name: column.to(self.device) for name, column in columns.items()}
 
-        size = self.size(guided)
-        starts = range(0, n, size)
-        threads = min(torch.get_num_threads(), len(starts)) if self.device.type == "cpu" and callback is None else 1
-        self.warmup(guided, threads)
-        loops = self._loops[size, guided]
+        def names(i: int) -> str:
+            return f"sample {first + i}" if seeds is None else f"sample 0 of seed {int(columns['seeds'][i])}"
+
         out = torch.empty(n, *self.shape, device=self.device)
-        seed_column, ids, weights = seed_column.to(self.device), ids.to(self.device), weights.to(self.device)
-        label_column = None if label_column is None else label_column.to(self.device)
-        bar = tqdm(total=len(starts) * self.steps, unit="step", disable=not progress, leave=False, smoothing=0.1, **calm_bar())
-        null = self.num_classes or 0
+        with self._lock:
+            while True:
+                size = self.size(guided, n, mixed=guided and not all(rows))
+                kind = self._kind(table, guided, size, "known" in columns, threshold, guide)
+                job = _Job(n, table, kind, rows, columns, noisy, names, watch, alone)
+                try:
+                    return self._run(job, out, progress)
+                except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+                    if size == 1 or not _is_out_of_memory(e):
+                        raise
+                # Here, where the error holds on to nothing any more.
+                self._room = size * (2 if guided else 1) // 2
+                self._drop(0)
+                warnings.warn(f"out of memory with {size} images at a time; going on with {size // 2}", stacklevel=3)
 
-        def work(loop: _Loop, start: int) -> Iterator[None]:
+    def _run(self, job: _Job, out: Tensor, progress: bool) -> Tensor:
+        n, size, total = job.n, job.kind.size, len(job.table)
+        starts = range(0, n, size)
+        threads = min(_threads(), len(starts)) if self.device.type == "cpu" and not job.alone else 1
+        engine = self._build(job.kind, job.table, job.guided_rows, max(threads, 1))
+        bar = tqdm(total=len(starts) * total, unit="step", disable=not progress, leave=False, smoothing=0.1, **calm_bar())
+
+        def begin(loop: Loop, start: int) -> int:
             stop = min(start + size, n)
-            label_part = None if label_column is None else label_column[start:stop]
-            loop.begin(seed_column[start:stop], ids[start:stop], label_part, weights[start:stop], null)
-            for row in range(self.steps):
-                loop.advance()
-                if callback is not None:
-                    callback(row, loop.x0[: stop - start])
-                if loop.graph is None:
-                    bar.update()
-                yield
+            part: dict[str, Any] = {name: column[start:stop] for name, column in job.columns.items()}
+            loop.begin(
+                part.pop("seeds"), part.pop("ids"), part.pop("labels", None), part.pop("guidance"), noisy=job.noisy, **part
+            )  # fmt: skip
+            return stop
+
+        def work(loop: Loop, start: int) -> Iterator[None]:
+            stop = begin(loop, start)
+            row = 0
+            for guided, run in itertools.groupby(job.guided_rows):
+                left = len(list(run))
+                while left:
+                    many = min(left, CHUNK) if engine.capture and job.watch is None else 1
+                    loop.advance(guided, many)
+                    row, left = row + many, left - many
+                    if job.watch is not None:
+                        job.watch(row - 1, start, stop, loop)
+                    if not engine.capture:
+                        bar.update()
+                    yield
             images = loop.x[: stop - start]
-            finite = images.isfinite().flatten(1).all(1)
-            if not finite.all():
-                raise ValueError(f"the network gave numbers that are not finite for sample {first + start + int(finite.int().argmin())}")
+            if not images.isfinite().all():
+                self._blame(job, loop, start, begin)
             out[start:stop].copy_(images)
-            if loop.graph is not None:  # rows are only enqueued above; the check has waited for them
-                bar.update(self.steps)
+            if engine.capture:  # rows are only enqueued above; the check has waited for them
+                bar.update(total)
 
         with bar, _evaluating(self.model):
             if self.device.type == "cuda":
-                with torch.cuda.device(self.device), torch.inference_mode():
+                with torch.cuda.device(self.device), torch.no_grad():
                     for start in starts:
-                        collections.deque(work(loops[0], start), maxlen=0)
+                        collections.deque(work(engine.loops[0], start), maxlen=0)
             else:
-                _share(starts, [functools.partial(work, loop) for loop in loops[:threads]])
+                _share(starts, [functools.partial(work, loop) for loop in engine.loops[:threads]])
         return out
+
+    def _blame(self, job: _Job, loop: Loop, start: int, begin: Callable[[Loop, int], int]) -> None:
+        """Walk a micro-batch again, row by row, to the first number that is not finite. ValueError with its row and sample."""
+        stop = begin(loop, start)
+        for row, guided in enumerate(job.guided_rows):
+            loop.advance(guided, 1)
+            finite = loop.x[: stop - start].isfinite().flatten(1).all(1)
+            if not finite.all():
+                culprit = job.names(start + int(finite.int().argmin()))
+                raise ValueError(
+                    f"the network gave numbers that are not finite for {culprit}, first in row {row} (t = {job.table.timesteps[row]:g})"
+                )
+        raise ValueError("the network gave numbers that are not finite, but not when it was asked again")
+
+    def _images(self, images: Tensor, n: int, name: str) -> Tensor:
+        """[n, *shape] of what a call was given: one per image, or one for all."""
+        what = {"latents": "latents", "images": "x_start"}.get(name, name)
+        if not isinstance(images, Tensor):
+            raise ValueError(f"{what} must be a tensor, fp32 [{n}, {', '.join(map(str, self.shape))}]")
+        shapes = [(n, *self.shape), (1, *self.shape), self.shape]
+        if name == "mask":
+            shapes += [(n, 1, *self.shape[1:]), (1, 1, *self.shape[1:]), (1, *self.shape[1:]), self.shape[1:]]
+        if tuple(images.shape) not in shapes:
+            raise ValueError(f"{what} has shape {list(images.shape)}; give {list(shapes[0])}, or one for all, {list(self.shape)}")
+        images = images.detach().float()
+        if name == "mask" and not ((images == 0) | (images == 1)).all():
+            raise ValueError("mask must hold 1 where known is to be kept, and 0 elsewhere")
+        if not images.isfinite().all():
+            raise ValueError(f"{what} has numbers that are not finite")
+        return images.expand(n, *self.shape)
 
     def _samples(self, n: int, seed: int, first: int, seeds: Sequence[int] | Tensor | None) -> tuple[Tensor, Tensor]:
         if seeds is None:
@@ -281,39 +630,87 @@ class Sampler:
         return column.to(torch.int64).expand(n).contiguous()
 
 
-def _compiled(model: nn.Module) -> Callable[..., Tensor]:
-    from torch._inductor import config  # slow to import, and only needed here
-
-    # Not "reduce-overhead": its outputs are overwritten by the next run, and x feeds back. The whole step is captured here instead.
-    # Not "max-autotune": it picks kernels, and so the order of sums, by timing, and another day's images would have other bits.
+def _compiled(call: Callable[..., Any], cuda: bool) -> Callable[..., Any]:
+    """`torch.compile` with the settings that sampling wants; for a CPU they are in `_room_to_compile`."""
     options: dict[str, Any] = {}
-    if hasattr(config, "deterministic"):
-        options["deterministic"] = True
-    if hasattr(config, "loop_reindexing_after_fusion"):
-        options["loop_reindexing_after_fusion"] = False  # on, it makes upsample + convolution up to 6 times slower (pytorch issue 189488)
-    compiled: Callable[..., Tensor] = torch.compile(model, options=options, dynamic=False)
+    if cuda:
+        from torch._inductor import config  # slow to import, and only needed here
+
+        # Not "reduce-overhead": its outputs are overwritten by the next run, and x feeds back. The whole step is captured here instead.
+        # Not "max-autotune": it picks kernels, and so the order of sums, by timing, and another day's images would have other bits.
+        if hasattr(config, "deterministic"):
+            options["deterministic"] = True
+        if hasattr(config, "loop_reindexing_after_fusion"):
+            options["loop_reindexing_after_fusion"] = (
+                False  # on, it makes upsample + convolution up to 6 times slower (pytorch issue 189488)
+            )
+    compiled: Callable[..., Any] = torch.compile(call, options=options, dynamic=False)
     return compiled
 
 
 @contextlib.contextmanager
-def _room_to_compile() -> Iterator[None]:
-    """All networks of a class share one cache of compiled code, and past its limit they would run eagerly without a word."""
-    import torch._dynamo.config
+def _room_to_compile(freeze: bool) -> Iterator[None]:
+    """All networks of a class share one cache of compiled code, and past its limit they would run eagerly without a word.
 
-    with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
+    freeze: weights become constants, in the layout that the convolutions want; without that compiling hardly pays on a CPU.
+    """
+    import torch._dynamo.config
+    import torch._inductor.config
+
+    with (
+        torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096),
+        torch._inductor.config.patch(freezing=freeze),
+    ):
         yield
+
+
+# Models that are being sampled from: how many times over, and the modules that were training before.
+_RUNNING: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = weakref.WeakKeyDictionary()
+_RUNNING_LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and afterwards in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    """Every module in eval mode, and in the mode it was in when the last of those who sample from it, on whatever thread, is done."""
+    with _RUNNING_LOCK:
+        users, training = _RUNNING.get(model, (0, []))
+        if users == 0:
+            training = [module for module in model.modules() if module.training]
+            model.eval()
+        _RUNNING[model] = users + 1, training
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        with _RUNNING_LOCK:
+            users, training = _RUNNING[model]
+            _RUNNING[model] = users - 1, training
+            if users == 1:
+                del _RUNNING[model]
+                for module in training:
+                    module.training = True
+
+
+def _count(n: object) -> None:
+    if not whole(n) or n < 0:  # type: ignore[operator]
+        raise ValueError(f"the number of images is {n!r}; give a whole number of at least 0")
+
+
+def _real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_out_of_memory(e: BaseException) -> bool:
+    return isinstance(e, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(e)
+
+
+def _interval(interval: tuple[float, float]) -> tuple[float, float]:
+    try:
+        low, high = (float(v) for v in interval)
+    except (TypeError, ValueError):
+        low, high = math.nan, math.nan
+    if not low <= high:
+        raise ValueError(f"guidance_interval is {interval!r}; give (low, high), the timesteps between which guidance applies")
+    return low, high
 
 
 def _tensor(values: Any, name: str) -> Tensor:
@@ -328,15 +725,29 @@ def calm_bar() -> dict[str, float]:
     return {} if sys.stderr.isatty() else {"mininterval": 2.0}
 
 
+# What torch.get_num_threads() was before those who now hold it at 1. It is a setting of the thread that makes it and of all that start later,
+# so one that asks meanwhile must be told, and the last one to finish puts it back.
+_HELD: list[int] = []
+_HELD_LOCK = threading.Lock()
+
+
+def _threads() -> int:
+    """The number of threads that the user has set, whoever holds it at 1 just now."""
+    with _HELD_LOCK:
+        return _HELD[0] if _HELD else torch.get_num_threads()
+
+
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
     """This thread's operations on one core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    with _HELD_LOCK:
+        _HELD.append(_HELD[0] if _HELD else torch.get_num_threads())
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        with _HELD_LOCK:
+            torch.set_num_threads(_HELD.pop())
 
 
 def _share(starts: Sequence[int], workers: Sequence[Callable[[int], Iterator[None]]]) -> None:
@@ -348,7 +759,7 @@ def _share(starts: Sequence[int], workers: Sequence[Callable[[int], Iterator[Non
 
     def loop(work: Callable[[int], Iterator[None]]) -> None:
         try:
-            with torch.inference_mode(), _one_thread(), contextlib.suppress(queue.Empty):
+            with torch.no_grad(), _one_thread(), contextlib.suppress(queue.Empty):
                 while not stop.is_set():
                     for _ in work(todo.get_nowait()):
                         if stop.is_set():
@@ -358,17 +769,15 @@ def _share(starts: Sequence[int], workers: Sequence[Callable[[int], Iterator[Non
             stop.set()
 
     threads = [threading.Thread(target=loop, args=(work,), daemon=True) for work in workers]
-    before = torch.get_num_threads()
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-        # One thread a worker is a setting of the process, too: threads started from now on would take it over.
-        torch.set_num_threads(before)
+    with _one_thread():
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
     if errors:
         raise errors[0]

@@ -1,4 +1,4 @@
-"""Noise schedules: x_t = alpha_t x_0 + sigma_t z with alpha_t^2 + sigma_t^2 = 1, in float64, for t = 0 .. T-1."""
+"""Noise schedules: x_t = alpha_t x_0 + sigma_t z in float64, for t = 0 .. T-1 and, by the log-SNR, between them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,21 @@ import torch
 MAX_BETA = 0.999
 
 
+# The constructors that a name may stand for: alpha^2 + sigma^2 = 1 (variance-preserving), or the two below, which have no betas.
+PRESERVING = ("linear", "scaled_linear", "cosine", "sigmoid", "from_alphas_cumprod")
+NAMES = (*PRESERVING, "flow", "edm")
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """A variance-preserving noise schedule, given by the name and parameters that rebuild it.
+    """A noise schedule, given by the name and parameters that rebuild it. Use the constructors:
 
-    `alphas_cumprod` is alpha_bar_t = prod (1 - beta_s) for s <= t (Ho et al. 2020, equation 4), float64 [T], falling in t.
-    `alpha` = sqrt(alpha_bar) and `sigma` = sqrt(1 - alpha_bar), float64 [T]: signal and noise at each timestep.
-    Use the constructors `linear`, `scaled_linear`, `cosine`, `sigmoid` and `from_alphas_cumprod`.
+    `linear`, `scaled_linear`, `cosine`, `sigmoid` and `from_alphas_cumprod` preserve the variance, alpha^2 + sigma^2 = 1; `flow` is the
+    straight line of flow matching, alpha + sigma = 1; `edm` only adds noise, alpha = 1.
+
+    `alpha` and `sigma`, float64 [T]: signal and noise at each timestep. `log_snr`, float64 [T]: ln(alpha / sigma), falling in t.
+    `alphas_cumprod`, float64 [T]: alpha_bar_t = prod (1 - beta_s) for s <= t (Ho et al. 2020, equation 4); for `flow` and `edm` that of the
+    variance-preserving schedule of the same log-SNR.
     """
 
     name: str
@@ -47,6 +55,19 @@ class Schedule:
         return _checked("sigmoid", timesteps=timesteps, start=start, end=end, tau=tau)
 
     @staticmethod
+    def flow(timesteps: int = 1000, shift: float = 1.0) -> Schedule:
+        """x_t = (1 - s) x_0 + s z (Lipman et al. 2023; Liu et al. 2023), s = shift u / (1 + (shift - 1) u) (Esser et al. 2024, equation 23).
+
+        u = (t + 1) / T, so the last timestep is pure noise. shift > 1 spends more steps near it, as large images want.
+        """
+        return _checked("flow", timesteps=timesteps, shift=shift)
+
+    @staticmethod
+    def edm(timesteps: int = 1000, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Schedule:
+        """x = x_0 + sigma z, sigma from `sigma_min` to `sigma_max` (Karras et al. 2022, equation 5). The network is told sigma itself."""
+        return _checked("edm", timesteps=timesteps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+
+    @staticmethod
     def from_alphas_cumprod(alphas_cumprod: Sequence[float] | np.ndarray | torch.Tensor) -> Schedule:
         """A schedule from alpha_bar_t itself, [T], falling, in (0, 1]. ValueError where it is not."""
         if isinstance(alphas_cumprod, torch.Tensor):
@@ -61,8 +82,8 @@ class Schedule:
         """The inverse of `config`. ValueError for an unknown name or unfitting parameters."""
         params = dict(config)
         name = params.pop("name", None)
-        if name not in ("linear", "scaled_linear", "cosine", "sigmoid", "from_alphas_cumprod"):
-            raise ValueError(f"unknown schedule {name!r}; known: linear, scaled_linear, cosine, sigmoid, from_alphas_cumprod")
+        if name not in NAMES:
+            raise ValueError(f"unknown schedule {name!r}; known: {', '.join(NAMES)}")
         try:
             schedule: Schedule = getattr(Schedule, name)(**params)
         except TypeError as e:
@@ -79,9 +100,16 @@ class Schedule:
         """T, the number of timesteps."""
         return len(self.alphas_cumprod)
 
+    @property
+    def preserving(self) -> bool:
+        """Whether alpha^2 + sigma^2 = 1."""
+        return self.name in PRESERVING
+
     @cached_property
     def alphas_cumprod(self) -> np.ndarray:
         p = dict(self.params)
+        if not self.preserving:
+            return _frozen(self.alpha**2 / (self.alpha**2 + self.sigma**2))
         if self.name == "from_alphas_cumprod":
             return _frozen(np.asarray(p["alphas_cumprod"]))
         if self.name in ("linear", "scaled_linear"):
@@ -104,11 +132,68 @@ class Schedule:
 
     @cached_property
     def alpha(self) -> np.ndarray:
-        return _frozen(np.sqrt(self.alphas_cumprod))
+        if self.name == "edm":
+            return _frozen(np.ones_like(self.sigma))
+        return _frozen(1 - self.sigma if self.name == "flow" else np.sqrt(self.alphas_cumprod))
 
     @cached_property
     def sigma(self) -> np.ndarray:
+        p = dict(self.params)
+        if self.name == "flow":
+            return _frozen(shifted(np.arange(1, p["timesteps"] + 1) / p["timesteps"], p["shift"]))
+        if self.name == "edm":
+            return _frozen(karras(p["sigma_max"], p["sigma_min"], p["timesteps"], p["rho"])[::-1])
         return _frozen(np.sqrt(1 - self.alphas_cumprod))
+
+    @cached_property
+    def log_snr(self) -> np.ndarray:
+        """Half the log of the signal-to-noise ratio, lambda = ln(alpha / sigma), float64 [T]; -inf without signal, inf without noise."""
+        with np.errstate(divide="ignore"):
+            return _frozen(np.log(self.alpha) - np.log(self.sigma))
+
+    def noise_at(self, t: float) -> tuple[float, float]:
+        """(alpha, sigma) at a timestep or between two, 0 <= t <= T - 1: the inverse of `at`."""
+        low = int(t)
+        p = dict(self.params)
+        if t == low:
+            return float(self.alpha[low]), float(self.sigma[low])
+        if self.name == "flow":
+            s = float(shifted(np.float64((t + 1) / p["timesteps"]), p["shift"]))
+            return 1 - s, s
+        if self.name == "edm":
+            ends = p["sigma_min"] ** (1 / p["rho"]), p["sigma_max"] ** (1 / p["rho"])
+            return 1.0, float((ends[0] + t / (p["timesteps"] - 1) * (ends[1] - ends[0])) ** p["rho"])
+        here, there = self.log_snr[low : low + 2]
+        if here == np.inf:  # between no noise and some there is no log-SNR to go by
+            return float(self.alpha[low]), float(self.sigma[low])
+        return self.at(float(here + (t - low) * (there - here)))[1:]
+
+    def at(self, log_snr: float) -> tuple[float, float, float]:
+        """(t, alpha, sigma) where ln(alpha / sigma) is `log_snr`. t is a fraction between timesteps: exact for `flow` and `edm`, else linear in
+        the log-SNR between its neighbours (as k-diffusion has it) and never beyond the first or last."""
+        p = dict(self.params)
+        if self.name == "flow":
+            s = float(1 / (1 + np.exp(log_snr)))
+            t = p["timesteps"] * s / (p["shift"] - (p["shift"] - 1) * s) - 1
+            return float(np.clip(t, 0, p["timesteps"] - 1)), 1 - s, s
+        if self.name == "edm":
+            sigma = float(np.exp(-log_snr))
+            low, high, now = (v ** (1 / p["rho"]) for v in (p["sigma_min"], p["sigma_max"], sigma))
+            return float(np.clip((p["timesteps"] - 1) * (now - low) / (high - low), 0, p["timesteps"] - 1)), 1.0, sigma
+        t = float(np.interp(-log_snr, -self.log_snr, np.arange(self.timesteps)))
+        return t, float(1 / np.sqrt(1 + np.exp(-2 * log_snr))), float(1 / np.sqrt(1 + np.exp(2 * log_snr)))
+
+
+def shifted(u: np.ndarray, shift: float) -> np.ndarray:
+    """Esser et al. 2024, equation 23, in the form that is 1 at 1 in floating point too."""
+    out: np.ndarray = u / (u + (1 - u) / shift)
+    return out
+
+
+def karras(first: float, last: float, n: int, rho: float) -> np.ndarray:
+    """n noise levels from `first` to `last`, even in sigma^(1 / rho), float64 [n] (Karras et al. 2022, equation 5)."""
+    levels: np.ndarray = np.linspace(first ** (1 / rho), last ** (1 / rho), n) ** rho
+    return levels
 
 
 def whole(value: object) -> bool:
@@ -135,7 +220,13 @@ def _checked(name: str, **params: Any) -> Schedule:
         raise ValueError(f"offset is {params['offset']!r}; it must be at least 0")
     if name == "sigmoid" and not (params["tau"] > 0 and params["end"] > params["start"]):
         raise ValueError("a sigmoid schedule needs tau > 0 and end > start")
+    if name == "flow" and not 0 < params["shift"] < np.inf:
+        raise ValueError(f"shift is {params['shift']!r}; it must be positive")
+    if name == "edm" and not (0 < params["sigma_min"] < params["sigma_max"] < np.inf and 0 < params["rho"] < np.inf):
+        raise ValueError("an edm schedule needs 0 < sigma_min < sigma_max, and rho > 0")
     schedule = Schedule(name, tuple(params.items()))
+    if name not in PRESERVING:
+        return schedule
     with np.errstate(all="ignore"):  # what overflows is refused in the next line
         bar = schedule.alphas_cumprod
     if bar.size == 0 or not (np.isfinite(bar).all() and (bar > 0).all() and (bar <= 1).all() and (np.diff(bar) <= 0).all()):

@@ -421,9 +421,9 @@ def parser() -> cli.Parser:
     )
     g.add_argument("--seed", type=cli.whole(0, 2**64 - 1), help=f"fixes weights, order, timesteps and noise ({d.seed})")
     g = p.add_argument_group("diffusion and network")
-    g.add_argument("--schedule", choices=["linear", "scaled_linear", "cosine", "sigmoid"], help=f"noise schedule ({d.schedule})")
+    g.add_argument("--schedule", choices=["linear", "scaled_linear", "cosine", "sigmoid", "flow"], help=f"noise schedule ({d.schedule})")
     g.add_argument("--timesteps", type=cli.whole(1), help=f"noise levels ({d.timesteps})")
-    g.add_argument("--prediction", choices=["epsilon", "v", "x0"], help=f"what the network learns to say ({d.prediction})")
+    g.add_argument("--prediction", choices=["epsilon", "v", "x0", "flow"], help=f"what the network learns to say ({d.prediction})")
     g.add_argument(
         "--channels", type=cli.whole(1), nargs="+", metavar="C", help=f"width at each resolution ({' '.join(map(str, d.channels))})"
     )

@@ -20,8 +20,8 @@ BIN = "backends/nvidia/bin/cuobjdump"
 LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*[a-z0-9_.]*[A-Z0-9_.]*)([^;]*);", re.M)
 
 
-def compile_offline(fn: Any, types: dict[str, str], constants: dict[str, Any], arch: int, options: dict[str, Any]) -> bytes:
-    """The cubin of a kernel. types: {argument: "*fp32", "i32", ...}, pointers aligned to 16 bytes; constants: {argument: value}."""
+def compile_offline(fn: Any, types: dict[str, str], constants: dict[str, Any], arch: int, options: dict[str, Any]) -> Any:
+    """The cubin and ttgir of a kernel, by name. types: {argument: "*fp32", "i32", ...}, pointers aligned to 16 bytes; constants: {argument: value}."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -29,7 +29,7 @@ def compile_offline(fn: Any, types: dict[str, str], constants: dict[str, Any], a
     signature = {name: "constexpr" if name in constants else types[name] for name in fn.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(fn.arg_names) if signature[name].startswith("*")}
     source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["cubin"]
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm
 
 
 def cuobjdump(cubin: bytes, flag: str) -> str:
@@ -91,16 +91,20 @@ def report(kernel: str, arch: int, dtype: str = "fp32", numel: int = 768, **flag
     types |= dict.fromkeys(("m_ptr", "model_input_ptr", "x_t_ptr", "target_ptr", "noise_ptr"), f"*{dtype}")
     if kernel == "add_noise":
         types["x0_ptr"] = f"*{dtype}"
-    cubin = compile_offline(fn, types, constants, arch, options)
+    compiled = compile_offline(fn, types, constants, arch, options)
+    cubin = compiled["cubin"]
+    tiles = rf"tt\.(?:load|store) .*tensor<{block['R'] * block['P']}x4x!tt\.ptr<f32>, (#\w+)>"
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", cuobjdump(cubin, "-res-usage"))}
     opcodes = executed(cuobjdump(cubin, "-sass"))
     elements = 4 * block["R"] * block["P"] // (32 * block["num_warps"])
-    return {"used": used, "opcodes": dict(opcodes), "per_element": sum(opcodes.values()) / elements}
+    layouts = sorted(set(re.findall(tiles, compiled["ttgir"])))
+    return {"used": used, "opcodes": dict(opcodes), "per_element": sum(opcodes.values()) / elements, "fp32_layouts": layouts}
 
 
+PLAIN = {"GUIDED": False, "PAIRED": False, "HISTORY": 0, "VARIANCE": False}
 CASES: dict[str, dict[str, Any]] = {}
 for _arch in (80, 90, 100):
-    _step = {"kernel": "solver_step", "arch": _arch, "GUIDED": False, "PAIRED": False}
+    _step = {"kernel": "solver_step", "arch": _arch} | PLAIN
     _normal = {"kernel": "normal", "arch": _arch}
     _made = {"noise_ptr": None}
     _given = {"seeds_ptr": None, "ids_ptr": None, "counter_ptr": None}
@@ -110,10 +114,14 @@ for _arch in (80, 90, 100):
         f"normal fp32 sm_{_arch}": _normal | {"WORDS": False},
         f"add_noise fp32 sm_{_arch}": {"kernel": "add_noise", "arch": _arch} | _made,
     }
+_step = {"kernel": "solver_step", "arch": 90} | PLAIN
 CASES |= {
-    "solver_step guided bf16 sm_90": {"kernel": "solver_step", "arch": 90, "dtype": "bf16", "GUIDED": True, "PAIRED": True},
-    "solver_step 784 fp32 sm_90": {"kernel": "solver_step", "arch": 90, "numel": 784, "GUIDED": False, "PAIRED": False},
-    "solver_step 75 fp32 sm_90": {"kernel": "solver_step", "arch": 90, "numel": 75, "GUIDED": False, "PAIRED": False},
+    "solver_step guided bf16 sm_90": _step | {"dtype": "bf16", "GUIDED": True, "PAIRED": True},
+    "solver_step 784 fp32 sm_90": _step | {"numel": 784},
+    "solver_step 75 fp32 sm_90": _step | {"numel": 75},
+    "solver_step history fp32 sm_90": _step | {"HISTORY": 3},
+    "solver_step history 75 fp32 sm_90": _step | {"numel": 75, "HISTORY": 3},
+    "solver_step variance bf16 sm_90": _step | {"dtype": "bf16", "VARIANCE": True},
     "words sm_90": {"kernel": "normal", "arch": 90, "WORDS": True},
     "add_noise bf16 sm_90": {"kernel": "add_noise", "arch": 90, "dtype": "bf16"} | _made,
     "add_noise given fp32 sm_90": {"kernel": "add_noise", "arch": 90} | _given,
@@ -129,4 +137,4 @@ if __name__ == "__main__":
     else:
         for name, r in reports.items():
             wide = {o: c for o, c in r["opcodes"].items() if o.startswith(("LDG", "STG"))}
-            print(f"{name:32} {r['per_element']:5.1f} an element  {r['used']}  {wide}")
+            print(f"{name:35} {r['per_element']:5.1f} an element  {r['used']}  {wide}")

@@ -14,6 +14,14 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """No test, and no command that one starts, looks at what was measured on this machine before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTDIFF_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def device() -> torch.device:
     """Where launchers are tested: the GPU, or CPU tensors in the interpreter."""

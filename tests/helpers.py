@@ -1,11 +1,16 @@
-"""Small networks and data that several tests use."""
+"""Small networks, networks that know their data, and the reverse loop written out, that several tests use."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdiff import Checkpoint, Schedule, UNet, UNetConfig
+from fastdiff import Checkpoint, Schedule, UNet, UNetConfig, noise
 from fastdiff.data import Dataset
+from fastdiff.reference import COLUMNS, SLOTS
+from fastdiff.solvers import Table
 
 SMALL = UNetConfig(shape=(3, 8, 8), channels=(16, 16), blocks=1, middle=0, embedding=32, num_classes=3)
 
@@ -31,18 +36,118 @@ def small_dataset(n: int = 64, held_out: int = 8) -> Dataset:
     return Dataset(images, labels.astype(np.int64), ("cat", "dog", "10"), np.arange(n) < held_out)
 
 
-class FiniteList(nn.Module):
-    """The exact noise prediction for data that is one of a few images, all as likely: E[x_0 | x_t] by softmax over the list."""
+class Exact(nn.Module):
+    """A network that knows its data: it says, as `prediction` has it, that x_0 is `believe(x, alpha, sigma)`."""
 
-    def __init__(self, images: Tensor, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, prediction: str = "epsilon") -> None:
         super().__init__()
-        self.register_buffer("images", images.double())
-        self.register_buffer("alpha", torch.from_numpy(schedule.alpha.copy()))
-        self.register_buffer("sigma", torch.from_numpy(schedule.sigma.copy()))
+        self.schedule, self.prediction = schedule, prediction
+
+    def believe(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = (v[t].reshape(-1, 1, 1, 1) for v in (self.alpha, self.sigma))
-        distance = (x.double()[:, None] - alpha[:, None] * self.images[None]).flatten(2).square().sum(2)
+        schedule, whole = self.schedule, np.arange(self.schedule.timesteps)
+        if schedule.name == "edm":  # t is sigma itself
+            sigma = t.double().numpy()
+            alpha = np.ones_like(sigma)
+        elif schedule.name == "flow":
+            sigma = np.interp(t, whole, schedule.sigma)
+            alpha = 1 - sigma
+        else:  # between timesteps by the log-SNR
+            k = np.exp(-np.interp(t, whole, schedule.log_snr))
+            alpha, sigma = 1 / np.sqrt(1 + k**2), k / np.sqrt(1 + k**2)
+        alpha, sigma = (torch.from_numpy(v).reshape(-1, 1, 1, 1) for v in (alpha, sigma))
+        x = x.double()
+        x0 = self.believe(x, alpha, sigma)
+        if self.prediction == "x0":
+            return x0.float()
+        z = (x - alpha * x0) / sigma
+        return {"epsilon": z, "v": alpha * z - sigma * x0, "flow": z - x0}[self.prediction].float()
+
+
+class FiniteList(Exact):
+    """Data that is one of a few images, all as likely: E[x_0 | x] by softmax over the list."""
+
+    def __init__(self, images: Tensor, schedule: Schedule, prediction: str = "epsilon") -> None:
+        super().__init__(schedule, prediction)
+        self.images = images.double()
+
+    def believe(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        distance = (x[:, None] - alpha[:, None] * self.images[None]).flatten(2).square().sum(2)
         weight = torch.softmax(-distance / (2 * sigma.reshape(-1, 1) ** 2), dim=1)
-        x0 = torch.einsum("nk,kchw->nchw", weight, self.images)
-        return ((x.double() - alpha * x0) / sigma).to(x.dtype)
+        return torch.einsum("nk,kchw->nchw", weight, self.images)
+
+
+class Gaussian(Exact):
+    """Data N(mean, deviation^2) in every pixel."""
+
+    def __init__(self, mean: float, deviation: float, schedule: Schedule, prediction: str = "epsilon") -> None:
+        super().__init__(schedule, prediction)
+        self.mean, self.deviation = mean, deviation
+
+    def believe(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        gain = self.deviation**2 * alpha / (alpha**2 * self.deviation**2 + sigma**2)
+        return self.mean + gain * (x - alpha * self.mean)
+
+
+class Plain(nn.Module):
+    """A function as a network, which a sampler can only call. parts: modules that are its own."""
+
+    def __init__(self, function: Callable[..., Any], *parts: nn.Module) -> None:
+        super().__init__()
+        self.function, self.parts = function, nn.ModuleList(parts)
+
+    def forward(self, *args: Tensor) -> Any:
+        return self.function(*args)
+
+
+def guided(
+    network: Callable[..., Tensor], labels: Tensor, guidance: float = 1.0, when: Callable[[int], bool] = lambda row: True, null: int = 3
+) -> Callable[[int, Tensor, Tensor], Tensor]:
+    """What a network says with classifier-free guidance, in the rows where it applies, as `by_hand` asks. A learned variance stays the class's."""
+
+    def says(row: int, x: Tensor, t: Tensor) -> Tensor:
+        m = network(x, t, labels).double()
+        if guidance != 1 and when(row):
+            free, c = network(x, t, torch.full_like(labels, null)).double(), x.shape[1]
+            m[:, :c] = free[:, :c] + guidance * (m[:, :c] - free[:, :c])
+        return m
+
+    return says
+
+
+def by_hand(
+    says: Callable[[int, Tensor, Tensor], Tensor],
+    table: Table,
+    shape: Sequence[int],
+    ids: Sequence[int],
+    *,
+    seed: int = 0,
+    x: Tensor | None = None,
+    guess: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+    after: Callable[[int, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The reverse loop in plain float64 arithmetic on a table's rows, with the public noise stream: images, fp32 [N, *shape].
+
+    says(row, x, t): the network's answer, guided. x: where to start, else noise. guess(row, x, x0): the x0 that takes the place of the
+    network's, before it is clamped. after(row, x): what takes the place of x after a row.
+    """
+    x = table.start * noise.normal(seed, ids, 0, shape, stream="start").double() if x is None else x.double()
+    before, saved, scale = torch.zeros_like(x), torch.zeros(SLOTS, *x.shape).double(), table.scale
+    for row, values in enumerate(table.rows):
+        r = dict(zip(COLUMNS, values.tolist(), strict=True))
+        answer = says(row, (scale * x).float(), torch.full((len(ids),), table.timesteps[row].item())).double()
+        m, v = answer[:, : shape[0]], answer[:, shape[0] :]
+        x0 = r["px"] * x + r["pm"] * m
+        if guess is not None:
+            x0 = guess(row, x, x0)
+            m = (x0 - r["px"] * x) / r["pm"]  # what a network says that means this x0
+        x0 = x0.clamp(-r["clip"], r["clip"])
+        new = r["a"] * x + r["b"] * x0 + r["c"] * before + r["d"] * m + sum(r[f"h{k}"] * saved[k] for k in range(SLOTS))
+        if r["s"]:
+            new = new + r["s"] * (torch.exp(r["log_s"] * v) if r["log_s"] else 1) * noise.normal(seed, ids, row, shape).double()
+        if r["slot"] >= 0:
+            saved[int(r["slot"])] = r["save_x"] * x + r["save_x0"] * x0
+        x, before, scale = new if after is None else after(row, new), x0, r["c_next"]
+    return x.float()

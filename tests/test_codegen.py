@@ -10,7 +10,8 @@ import codegen
 import pytest
 
 # Instructions an element on the longest path. fp32 solver_step on sm_90, with noise and without guidance, is the promise; the rest
-# is what triton 3.7 gives plus about 1.5, to notice a change. bf16 adds packing and unpacking; sm_80 clamps in two instructions.
+# is what triton 3.7 gives plus about 1.5, to notice a change. bf16 adds packing and unpacking; sm_80 clamps in two instructions. With
+# history the path is that of a row which reads all three slots and saves; others branch round what they do not use.
 BUDGET = {
     "solver_step fp32 sm_90": 32.0,
     "solver_step fp32 sm_80": 33.8,
@@ -20,6 +21,8 @@ BUDGET = {
     "solver_step bf16 sm_100": 34.0,
     "solver_step guided bf16 sm_90": 39.8,
     "solver_step 784 fp32 sm_90": 34.7,
+    "solver_step history fp32 sm_90": 40.8,
+    "solver_step variance bf16 sm_90": 40.0,
     "normal fp32": 21.4,
     "add_noise fp32": 26.4,
     "add_noise bf16 sm_90": 28.5,
@@ -40,16 +43,18 @@ def reports():
 @pytest.mark.parametrize("case", codegen.CASES)
 def test_machine_code(case, reports):
     opcodes, used = reports[case]["opcodes"], reports[case]["used"]
-    assert used["STACK"] == used["LOCAL"] == 0 and not any(o.startswith(("LDL", "STL")) for o in opcodes), "spills"
     (budget,) = {value for name, value in BUDGET.items() if case.startswith(name)} or {None}
+    # A sample of 75 is read a word at a time, the noise crosses shared memory, and with history 72 bytes a thread spill: it is let be.
+    if "history 75" not in case:
+        assert used["STACK"] == used["LOCAL"] == 0 and not any(o.startswith(("LDL", "STL")) for o in opcodes), "spills"
     if budget is None:
         assert " 75 " in case, "no budget"
         return
     assert reports[case]["per_element"] <= budget
     assert used["SHARED"] == 0 and "BAR.SYNC" not in opcodes, "layouts are exchanged through shared memory"
-    # One word at a time: the coefficients, guidance and the counter. Nothing as large as x.
+    # One word at a time: the coefficients (16 of a table), guidance and the counter. Nothing as large as x, which is 32 words.
     narrow = {o: c for o, c in opcodes.items() if re.fullmatch(r"(LDG|STG)\.E(\.EF)?(\.[US]?\d\d?)?", o) and not o.endswith(".64")}
-    assert set(narrow) <= {"LDG.E"} and sum(narrow.values()) <= 11
+    assert set(narrow) <= {"LDG.E"} and sum(narrow.values()) <= 18
 
 
 @pytest.mark.parametrize("case", [case for case in codegen.CASES if " 75 " not in case])
@@ -59,7 +64,13 @@ def test_accesses_are_a_quad_wide(case, reports):
     assert stores <= ({"STG.E.128", "STG.E.64"} if bf16 else {"STG.E.128"})
     if case.startswith("solver_step"):
         assert any(re.fullmatch(r"LDG\.E\.EF\.64" if bf16 else r"LDG\.E\.EF\.128", o) for o in opcodes), "m leaves the cache first"
-        assert opcodes["LDG.E.128"] == 16, "x and the old x0, eight quads each"
+        assert opcodes["LDG.E.128"] == (40 if "history" in case else 16), "x, the old x0 and three slots, eight quads each"
+
+
+@pytest.mark.parametrize("case", [case for case in codegen.CASES if case.startswith("solver_step")])
+def test_a_thread_loads_what_it_stores(case, reports):
+    """x0 and history are overwritten in the launch that reads them: in two layouts, one thread would overwrite what another has yet to read."""
+    assert len(reports[case]["fp32_layouts"]) == 1
 
 
 @pytest.mark.parametrize("case", ["solver_step fp32 sm_90", "normal fp32 sm_90", "words sm_90"])

@@ -13,9 +13,10 @@ PACKAGE = ROOT / "fastdiff"
 
 # A module may import those of the lines above its own, and what its line names of its own.
 LAYERS = [
-    {"schedules", "reference", "files", "data", "unet", "cli", "devices"},
-    {"solvers", "ops"},
+    {"schedules", "reference", "files", "data", "unet", "cli", "devices", "winograd"},
+    {"solvers", "ops", "ways"},
     {"noise"},
+    {"loop"},
     {"sampler"},
     {"checkpoint"},
     {"__init__", "sample", "train"},

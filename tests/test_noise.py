@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastdiff.noise import STREAMS, add_noise, counter, normal
+from fastdiff.noise import STREAMS, add_noise, counter, normal, slerp
 from fastdiff.schedules import Schedule
 
 WORD = 0xFFFFFFFF
@@ -86,7 +86,7 @@ def test_the_rarest_values_keep_the_half_word():
 
 
 def test_streams_are_numbered_once_and_for_all():
-    assert STREAMS == {"step": 0, "start": 1, "training": 2, "draw": 3}
+    assert STREAMS == {"step": 0, "start": 1, "training": 2, "draw": 3, "known": 4}
     assert counter("training", 5).tolist() == [2 * 2**24 + 5]
 
 
@@ -219,6 +219,49 @@ def test_neighbours_do_not_correlate(sample):
         assert abs(((a.square() - 1) * (b.square() - 1)).mean().item()) < 2 * bound, name
 
 
+# Between two noises
+
+
+@pytest.fixture(scope="module")
+def ends():
+    return normal([1, 2], [0, 0], 0, (3, 8, 8), stream="start")
+
+
+def test_slerp_walks_the_great_circle_evenly(ends):
+    """On the unit sphere: angles from either end in proportion to the weight, in the plane of the two."""
+    a, b = (z.double() / z.double().norm() for z in ends)
+    whole = torch.arccos((a * b).sum())
+    weights = [-0.5, 0.0, 0.1, 0.25, 0.5, 0.9, 1.0]
+    for weight, z in zip(weights, slerp(a, b, weights), strict=True):
+        assert z.norm().item() == pytest.approx(1, abs=1e-12)
+        assert (z * a).sum().item() == pytest.approx(math.cos(weight * whole), abs=1e-12)
+        assert (z * b).sum().item() == pytest.approx(math.cos((1 - weight) * whole), abs=1e-12)
+
+
+def test_slerp_keeps_unit_variance_where_a_straight_line_does_not(ends):
+    z = slerp(*ends, torch.linspace(0, 1, 11))
+    lengths = z.flatten(1).norm(dim=1)
+    assert (lengths / ends.flatten(1).norm(dim=1).mean() - 1).abs().max() < 0.05
+    assert torch.lerp(*ends, 0.5).norm() < 0.8 * lengths[5]
+    torch.testing.assert_close(z[[0, -1]], ends, atol=1e-6, rtol=0)
+
+
+def test_slerp_of_one_weight_or_many_in_any_shape(ends):
+    z = slerp(*ends, [[0.2, 0.7, 1.0], [0.0, 0.5, 0.3]])
+    assert z.shape == (2, 3, 3, 8, 8)
+    assert z.dtype == torch.float32
+    for i, weight in enumerate([0.2, 0.7, 1.0, 0.0, 0.5, 0.3]):
+        assert torch.equal(z.flatten(0, 1)[i], slerp(*ends, weight))
+    assert torch.equal(slerp(*ends.half(), 0.4), slerp(*ends.half().float(), 0.4).half())
+
+
+def test_slerp_of_parallel_noises_is_the_straight_line(ends):
+    z = ends[0]
+    torch.testing.assert_close(slerp(z, z, [0.0, 0.3, 1.0]), z.expand(3, -1, -1, -1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(slerp(z, 3 * z, 0.25), 1.5 * z, atol=1e-5, rtol=0)
+    assert slerp(z, -z, 0.25).isfinite().all()
+
+
 # add_noise
 
 SCHEDULE = Schedule.linear(50, 1e-4, 0.2)
@@ -300,7 +343,7 @@ def test_targets_are_what_a_network_should_say(dtype):
     x0, t, z = batch(dtype)
     alpha, sigma, clean, noise, exact = truth(x0, t, z)
     size = clean.abs() + noise.abs()
-    wanted = {"epsilon": noise, "v": alpha * noise - sigma * clean, "x0": clean}
+    wanted = {"epsilon": noise, "v": alpha * noise - sigma * clean, "x0": clean, "flow": noise - clean}
     for target, value in wanted.items():
         x_t, said = add_noise(x0, t, SCHEDULE, z, target=target)
         assert torch.equal(x_t, add_noise(x0, t, SCHEDULE, z))
@@ -312,9 +355,28 @@ def test_targets_are_what_a_network_should_say(dtype):
             "epsilon": lambda x, m: (x - sigma * m) / alpha,
             "v": lambda x, m: alpha * x - sigma * m,
             "x0": lambda x, m: m,
+            "flow": lambda x, m: (x - sigma * m) / (alpha + sigma),
         }[target](x_t.double(), said.double())
         error = (again - clean).abs() * (alpha if target == "epsilon" else 1)
         assert (error <= 4 * ROUNDING[dtype] * (1 + size)).all()
+
+
+@DTYPES
+@pytest.mark.parametrize("schedule", [Schedule.flow(50), Schedule.flow(50, shift=3.0), Schedule.edm(50, sigma_max=5.0)], ids=str)
+def test_flow_and_edm_noise_by_their_own_alpha_and_sigma(dtype, schedule):
+    """Flow matching: x_t = (1 - s) x_0 + s z and u = z - x_0 = dx/ds (Lipman et al. 2023). EDM: x = x_0 + sigma z."""
+    x0, t, z = batch(dtype)
+    alpha, sigma, clean, noise, exact = truth(x0, t, z, schedule)
+    assert torch.equal(alpha, 1 - sigma if schedule.name == "flow" else torch.ones_like(alpha))
+    x_t, said = add_noise(x0, t, schedule, z, target="flow")
+    one_rounding(x_t, exact, alpha * clean.abs() + sigma * noise.abs())
+    one_rounding(said, noise - clean, clean.abs() + noise.abs())
+    one_rounding(add_noise(x0, t, schedule, z, target="x0")[1], clean, clean.abs())
+
+
+def test_the_end_of_a_flow_is_noise_alone():
+    x0, _, z = batch()
+    assert torch.equal(add_noise(x0, torch.full((9,), 49), Schedule.flow(50), z), z)
 
 
 def test_seeded_noise_is_the_training_stream_at_row_0():
@@ -322,7 +384,7 @@ def test_seeded_noise_is_the_training_stream_at_row_0():
     ids = [5, 2**32, 2**64 - 1, -7, 0, 1, 2, 3, 4]
     z = normal(-3, ids, 0, (3, 5, 5), stream="training")
     np.testing.assert_allclose(z[1].flatten().double(), expected_normals(-3, 2**32, 2, 0, 75), rtol=0, atol=TOLERANCE)
-    for target in (None, "epsilon", "v", "x0"):
+    for target in (None, "epsilon", "v", "x0", "flow"):
         made = add_noise(x0, t, SCHEDULE, seed=-3, ids=ids, target=target)
         given = add_noise(x0, t, SCHEDULE, z, target=target)
         for a, b in zip(*((v,) if target is None else v for v in (made, given)), strict=True):
@@ -402,7 +464,9 @@ WIDTH = r"{} does not fit 64 bits; seeds and sample ids lie between -2\^63 and 2
         (lambda: noised(ids=[1, 2]), "2 ids for 3 samples"),
         (lambda: noised(ids=torch.arange(4)), "4 ids for 3 samples"),
         (lambda: noised(seed=-(2**64)), WIDTH.format(-(2**64))),
-        (lambda: noised(target="score"), "unknown prediction 'score'; known: epsilon, v, x0"),
+        (lambda: noised(target="score"), "unknown prediction 'score'; known: epsilon, v, x0, flow"),
+        (lambda: noised(schedule=Schedule.flow(50), target="v"), "prediction 'v' is defined where .* not for a schedule of 'flow'"),
+        (lambda: slerp(torch.zeros(3), torch.zeros(4), 0.5), r"z0 has shape \[3\] and z1 \[4\]; they must be the same"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(call, text):

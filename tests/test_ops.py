@@ -25,12 +25,15 @@ def add_noise_arguments(n, given, target, dtype=torch.float32):
     return (x0, t, table, *((torch.randn_like(x0), None, None, None) if given else (None, *stream(n))), target)
 
 
-def solver_step_arguments(n, halves=1, dtype=torch.float32):
+def solver_step_arguments(n, halves=1, dtype=torch.float32, slots=0, variance=False):
     x, x0 = torch.randn(n, *SHAPE, device=DEVICE), torch.randn(n, *SHAPE, device=DEVICE)
-    m = torch.randn(halves * n, *SHAPE, device=DEVICE).to(dtype)
-    table = torch.tensor([[1.2, -0.7, 1.0, 0.6, 0.3, 0.1, 0.2, 0.5, 1.0]] * 6, device=DEVICE)
+    m = torch.randn(halves * n, SHAPE[0] * (1 + variance), *SHAPE[1:], device=DEVICE).to(dtype)
+    model_input = torch.zeros(halves * n, *SHAPE, device=DEVICE, dtype=dtype)
+    history = torch.randn(slots, n, *SHAPE, device=DEVICE)
+    # Six rows of reference.COLUMNS: slot 1 is read and overwritten, slot 2 is neither.
+    table = torch.tensor([[1.2, -0.7, 1.0, 0.6, 0.3, 0.1, 0.2, 0.5, 1.0, 0.3, -0.2, 0.0, 1, 0.8, 0.4, 0.3]] * 6, device=DEVICE)
     seeds, ids, row = stream(n)
-    return (x, x0, m, torch.zeros_like(m), table, row, seeds, ids, torch.full((n,), 2.0, device=DEVICE))
+    return (x, x0, m, model_input, history, table, row, seeds, ids, torch.full((n,), 2.0, device=DEVICE))
 
 
 CASES = [
@@ -42,7 +45,11 @@ CASES = [
     pytest.param(ops.add_noise, lambda: add_noise_arguments(0, given=False, target=True), id="add_noise-empty"),
     pytest.param(ops.solver_step, lambda: solver_step_arguments(3), id="solver_step"),
     pytest.param(ops.solver_step, lambda: solver_step_arguments(3, halves=2, dtype=torch.float16), id="solver_step-guided"),
-    pytest.param(ops.solver_step, lambda: solver_step_arguments(0), id="solver_step-empty"),
+    pytest.param(ops.solver_step, lambda: solver_step_arguments(3, slots=3), id="solver_step-history"),
+    pytest.param(ops.solver_step, lambda: solver_step_arguments(3, halves=2, slots=3, variance=True), id="solver_step-variance"),
+    # With slots: opcheck cannot clone a tensor of two sizes of 0 (torch 2.13, clone_input).
+    pytest.param(ops.solver_step, lambda: solver_step_arguments(0, slots=3), id="solver_step-empty"),
+    pytest.param(ops.solver_step, lambda: solver_step_arguments(0, slots=3, variance=True), id="solver_step-empty-variance"),
 ]
 
 
@@ -51,22 +58,23 @@ def test_opcheck(op, arguments):
     torch.library.opcheck(op, arguments())
 
 
-def sampled(x, x0, m, model_input, table, row, seeds, ids, guidance):
+def sampled(x, x0, m, model_input, history, table, row, seeds, ids, guidance):
     """Every op in one graph, with something to fuse around them."""
     words = ops.noise_words(seeds, ids, row, 4)
     x = x + ops.normal(seeds, ids, row, x[0].numel()).view(x.shape)
     noisy, target = ops.add_noise(x, ids % 6, table[:, :4].contiguous(), None, seeds, ids, row, True)
     x = x * 1.5
-    ops.solver_step(x, x0, m, model_input, table, row, seeds, ids, guidance)
-    return words, x + 1, x0, model_input, noisy, target
+    ops.solver_step(x, x0, m, model_input, history, table, row, seeds, ids, guidance)
+    return words, x + 1, x0, model_input, history * 2, noisy, target
 
 
-def test_compile_through_every_op():
+@pytest.mark.parametrize(("slots", "variance"), [(0, False), (3, True)])
+def test_compile_through_every_op(slots, variance):
     backend = "inductor" if CUDA or shutil.which("g++") or shutil.which("clang++") else "aot_eager"
     torch._dynamo.reset()
     compiled = torch.compile(sampled, fullgraph=True, backend=backend)
     for n in (2, 3):
-        arguments = solver_step_arguments(n, halves=2)
+        arguments = solver_step_arguments(n, halves=2, slots=slots, variance=variance)
         for got, wanted in zip(compiled(*map(torch.clone, arguments)), sampled(*map(torch.clone, arguments)), strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-5)
 
@@ -102,10 +110,13 @@ print(first, any(name.startswith("fastdiff.kernels.") for name in sys.modules))
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
-def test_captured_launch_serves_every_row():
+@pytest.mark.parametrize(("slots", "variance"), [(0, False), (3, True)])
+def test_captured_launch_serves_every_row(slots, variance):
     """One captured solver_step, replayed after the row counter moved, is the step of the new row."""
-    arguments = solver_step_arguments(65)
-    arguments[4].mul_(torch.linspace(0.5, 1.0, 6, device=DEVICE)[:, None])
+    arguments = solver_step_arguments(65, slots=slots, variance=variance)
+    table = arguments[5]
+    table.mul_(torch.linspace(0.5, 1.0, 6, device=DEVICE)[:, None])
+    table[:, reference.COLUMNS.index("slot")] = torch.tensor([1, -1, 2, 0, 1, -1], device=DEVICE)
     expected = [v.clone() for v in arguments]
     saved = [v.clone() for v in arguments]
     ops.solver_step(*arguments)
@@ -114,9 +125,9 @@ def test_captured_launch_serves_every_row():
         ops.solver_step(*arguments)
     for v, s in zip(arguments, saved, strict=True):
         v.copy_(s)
-    for row in range(6):
-        arguments[5].fill_(row)
-        expected[5].fill_(row)
+    for i in range(6):
+        arguments[6].fill_(i)
+        expected[6].fill_(i)
         graph.replay()
         ops.solver_step(*expected)
         assert all(torch.equal(v, e) for v, e in zip(arguments, expected, strict=True))

@@ -56,14 +56,15 @@ def test_writes_images_labels_ids_and_a_picture(net, tmp_path):
         "samples/grid.png",
         "CPU, ",
         "float32",
-        "dpmpp_2m",
+        "eager",
+        "unipc",
         "3 steps",
         "load ",
         "compile ",
         "images/s",
     ):
         assert said in done.stdout
-    again = fastdiff.load(net).sampler(solver="dpmpp_2m", steps=3)
+    again = fastdiff.load(net).sampler(solver="unipc", steps=3)
     images = again(10, first=5, labels=[i % 3 for i in range(5, 15)], guidance=2.0)
     assert np.array_equal(data.to_uint8(images).numpy(), made["images"])
 
@@ -75,6 +76,41 @@ def test_json_has_the_same_numbers(net, tmp_path):
     assert {"images": 4, "steps": 2, "solver": "ddim", "guidance": 1.0, "dtype": "float32"}.items() <= report.items()
     assert report["images_per_s"] == pytest.approx(4 / report["sample_s"], rel=0.2)
     assert {"load_s", "compile_s", "samples", "grid", "device"} <= report.keys()
+
+
+def test_solver_spacing_and_options_are_the_librarys(net, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--device", "cpu", "--checkpoint", net, "--batch", "3", "--steps", "5", "--json", "--guidance", "1"]
+    for given, wanted in (
+        (["--solver", "ddim", "--option", "eta=0.5", "--option", "clipped_epsilon=false"], {"solver": "ddim", "eta": 0.5, "clipped_epsilon": False}),
+        (["--solver", "ddpm", "--option", "variance=beta", "--spacing", "leading"], {"solver": "ddpm", "variance": "beta", "spacing": "leading"}),
+        (["--option", "order=3"], {"solver": "unipc", "order": 3}),
+    ):  # fmt: skip
+        assert sample.main([*flags, *given]) == 0
+        images = fastdiff.load(net).sampler(steps=5, **wanted)(3, labels=[0, 1, 2])
+        assert np.array_equal(arrays("samples")["images"], data.to_uint8(images).numpy())
+
+
+def test_warmup_measures_remembers_and_makes_no_images(net, tmp_path):
+    """The first run compiles, the next finds it kept; what was found to be the fastest runs from then on."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "FASTDIFF_CACHE": str(tmp_path / "cache")}
+    env.pop("TORCHINDUCTOR_CACHE_DIR", None)  # a compiler that has run in this process has set it
+    flags = [sys.executable, "-m", "fastdiff.sample", "--device", "cpu", "--checkpoint", net, "--json"]
+    done = subprocess.run([*flags, "--warmup"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [p.name for p in tmp_path.iterdir()] == ["cache"]
+    assert report["cached_s"] < report["first_s"]
+    assert set(report["ms_per_row"]) == {"eager", "compiled"}
+    assert report["fastest"] == min(report["ms_per_row"], key=report["ms_per_row"].get)
+    assert (tmp_path / "cache" / "ways.json").is_file()
+    assert any((tmp_path / "cache" / "inductor").iterdir())
+    for flag, way in (("auto", report["fastest"]), ("no", "eager"), ("yes", "compiled")):
+        done = subprocess.run(
+            [*flags, "--batch", "2", "--steps", "1", "--compile", flag], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["way"] == way
 
 
 def test_any_part_of_a_run_is_the_run(net, tmp_path):
@@ -139,7 +175,14 @@ def test_the_same_command_twice_replaces_its_own_files_and_no_others(net, tmp_pa
         (["--micro-batch", "0"], "argument --micro-batch"),
         (["--label", "bird"], "no class 'bird' in NET; it has: 0 cat, 1 dog, 2 10"),
         (["--label", "3"], "no class '3' in NET; it has: 0 cat, 1 dog, 2 10"),
-        (["--solver", "eulr"], "argument --solver: invalid choice: 'eulr'"),
+        (["--solver", "eulr"], "unknown solver 'eulr'; known: ddpm, "),
+        (["--solver", "eulr"], "(did you mean euler?)"),
+        (["--spacing", "karas"], "unknown spacing 'karas'; known: leading, trailing, linspace, logsnr, karras (did you mean karras?)"),
+        (["--option", "eta"], "argument --option: 'eta' is not NAME=VALUE, such as eta=0.5"),
+        (["--option", "eta=1"], "solver 'unipc' does not take eta; it takes order, variant"),
+        (["--option", "order=4"], "order is 4; unipc has orders 1 to 3"),
+        (["--option", "steps=4"], "--option is for the solver; steps has an option of its own"),
+        (["--compile", "maybe"], "argument --compile: invalid choice: 'maybe'"),
         (["--seed", "-1"], "argument --seed"),
         (["--seed", str(2**64)], "argument --seed"),
         (["--first", str(2**63 - 1), "--batch", "2"], "passes the last image number"),
@@ -220,6 +263,10 @@ def test_help_explains(tmp_path):
         "--device",
         "--dtype",
         "--micro-batch",
+        "--spacing",
+        "--option",
+        "--compile",
+        "--warmup",
         "--out",
         "--json",
     ):

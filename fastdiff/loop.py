@@ -1,0 +1,329 @@
+"""The reverse loop: static buffers of one micro-batch shape, one step over them, and its capture as CUDA graphs.
+
+A step reads and writes device memory alone: the network, the fused update of the row that a device counter names, and the counter. What
+a step is captured for is its `Kind`; seed, labels, guidance, solver and number of steps are values in buffers, and change without a capture.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import ops, winograd
+from .noise import counter
+from .reference import COLUMNS, SLOTS
+from .solvers import Table
+
+# Rows in one CUDA graph. A replay costs the host some microseconds, so a sixteenth of that a row; the rest of a loop is replayed row by row.
+CHUNK = 16
+# Scales and shifts of all rows and classes are kept in a table up to this size, else made anew in every step.
+CONDITIONS_BYTES = 256 << 20
+# Rows of the table that are computed at a time: one shape, so that a row's bits do not depend on how many there are.
+CONDITIONS_ROWS = 16
+
+# Two captures at a time would be in each other's way, and a compilation is a setting of the whole process.
+BUILDING = threading.RLock()
+
+
+class State(NamedTuple):
+    """What a guidance function is given: the state x and the guess x0, fp32 [N, *shape], where x stands in the schedule, and whose it is.
+
+    t: what the network is told, alpha and sigma: x = alpha x_0 + sigma z; all three tensors without dimensions. labels: int64 [N] or None.
+    seeds, ids: int64 [N]. The last sample may stand several times, to fill a micro-batch up.
+    """
+
+    x: Tensor
+    x0: Tensor
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    labels: Tensor | None
+    seeds: Tensor
+    ids: Tensor
+
+
+Guide = Callable[[State], Tensor]
+
+
+class Kind(NamedTuple):
+    """What a step depends on that is not a value in a buffer. capacity: rows that the tables hold. guide and threshold work on x0 outside the
+    fused update."""
+
+    size: int
+    guided: bool
+    history: bool
+    fractional: bool
+    capacity: int
+    painted: bool = False
+    threshold: float | None = None
+    guide: Guide | None = None
+
+
+class Network:
+    """A model as the loop calls it. Where it has `condition(t, labels)` and `body(x, condition)`, the first is a table made once for all rows."""
+
+    def __init__(self, model: nn.Module, num_classes: int | None, compiler: Callable[[Any], Callable[..., Any]] | None) -> None:
+        self.model, self.num_classes = winograd.with_winograd(model), num_classes
+        self.refresh()
+        model = self.model
+        parts: tuple[Any, Any] = getattr(model, "condition", None), getattr(model, "body", None)
+        self.hoisted = callable(parts[0]) and callable(parts[1])
+        call = parts[1] if self.hoisted else model
+        self.call: Callable[..., Any] = compiler(call) if compiler else call
+
+    def refresh(self) -> None:
+        """Take up weights that have changed since."""
+        winograd.pack(self.model)
+
+    def conditions(self, t: Tensor) -> Tensor:
+        """Of timesteps [rows], for every class and the null class: [rows, classes + 1, K]."""
+        classes = 1 if self.num_classes is None else self.num_classes + 1
+        labels = None if self.num_classes is None else torch.arange(classes, device=t.device).repeat(CONDITIONS_ROWS)
+        parts = []
+        for some in torch.split(t, CONDITIONS_ROWS):
+            full = torch.cat([some, some[-1:].expand(CONDITIONS_ROWS - len(some))]).repeat_interleave(classes)
+            made = self.model.condition(full, labels) if labels is not None else self.model.condition(full)  # type: ignore[operator]
+            parts.append(made.unflatten(0, (CONDITIONS_ROWS, classes))[: len(some)])
+        return torch.cat(parts)
+
+
+class Engine:
+    """The tables of one `Kind`, and the loops that share them."""
+
+    def __init__(
+        self, network: Network, kind: Kind, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, capture: bool
+    ) -> None:
+        self.network, self.kind, self.shape, self.device, self.dtype = network, kind, shape, device, dtype
+        self.capture = capture and kind.guide is None
+        self.table = torch.zeros(kind.capacity, len(COLUMNS), device=device)
+        self.predicted = torch.zeros(kind.capacity, 2, device=device)  # px and pm, where the update is given x0 itself
+        self.timesteps = torch.zeros(kind.capacity, device=device, dtype=torch.float32 if kind.fractional else torch.int64)
+        self.levels = torch.zeros(kind.capacity + 1, 2, device=device)
+        self.conditions: Tensor | None = None
+        if network.hoisted:
+            example = network.conditions(self.timesteps[:1])
+            if kind.capacity * example.nbytes <= CONDITIONS_BYTES:
+                self.conditions = example.new_zeros(kind.capacity, *example.shape[1:])
+        self.learned, self.start, self.scale = False, 1.0, 1.0
+        self.loops: list[Loop] = []
+        self.ready: set[bool] = set()  # what has been compiled on the CPU: steps with guidance, and without
+
+    def load(self, table: Table) -> None:
+        """Take up a table: its values go into the buffers that a captured step reads."""
+        self.network.refresh()
+        n, given = len(table), table
+        if self.kind.guide is not None or self.kind.threshold is not None:
+            given = table.given_x0()
+        rows, t = given.tensors(self.device)
+        self.table[:n].copy_(rows)
+        self.timesteps[:n].copy_(t)
+        self.levels[: n + 1].copy_(torch.from_numpy(table.levels))
+        self.predicted[:n].copy_(torch.from_numpy(table.rows[:, :2]))
+        if self.conditions is not None:
+            self.conditions[:n].copy_(self.network.conditions(t))
+        self.learned, self.start, self.scale = table.learned, table.start, table.scale
+
+    def grow(self, loops: int) -> None:
+        while len(self.loops) < loops:
+            self.loops.append(Loop(self))
+
+
+class Loop:
+    """The buffers of one micro-batch, and the step over them. Nothing in `step` reads the device or branches on what is in it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, kind = engine, engine.kind
+        self.size, self.shape, device = kind.size, engine.shape, engine.device
+        network = engine.network
+        rows = 2 * self.size if kind.guided else self.size
+        self.x = torch.zeros(self.size, *self.shape, device=device)
+        self.x0 = torch.zeros_like(self.x)
+        self.history = self.x.new_zeros(SLOTS if kind.history else 0, *self.x.shape)
+        self.model_input = torch.zeros(rows, *self.shape, device=device, dtype=engine.dtype)
+        # Also without classes the table of conditions is looked up by a label, 0.
+        self.labels = torch.zeros(rows, device=device, dtype=torch.int64)
+        self.labelled = network.num_classes is not None
+        self.seeds = torch.zeros(self.size, device=device, dtype=torch.int64)
+        self.ids = torch.zeros(self.size, device=device, dtype=torch.int64)
+        self.guidance = torch.ones(self.size, device=device)
+        self.row = torch.zeros(1, device=device, dtype=torch.int64)
+        self.start = counter("start", 0, device)
+        if kind.painted:
+            self.known, self.mask = torch.zeros_like(self.x), torch.zeros_like(self.x)
+            self.known_stream = counter("known", 0, device)
+        self.graphs: dict[tuple[bool, int], torch.cuda.CUDAGraph] = {}
+        self.pool: Any = None
+
+    def begin(
+        self,
+        seeds: Tensor,
+        ids: Tensor,
+        labels: Tensor | None,
+        guidance: Tensor,
+        *,
+        latents: Tensor | None = None,
+        images: Tensor | None = None,
+        noisy: bool = True,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> None:
+        """Start up to `size` samples, filled up with the last one.
+
+        x is noise from the stream, or start * latents; with images alpha images + sigma noise of the first level, or, not noisy, alpha images.
+        """
+        pad = torch.arange(self.size, device=self.x.device).clamp(max=len(ids) - 1)
+        self.seeds.copy_(seeds[pad])
+        self.ids.copy_(ids[pad])
+        self.guidance.copy_(guidance[pad])
+        if self.labelled and labels is not None:
+            self.labels[: self.size].copy_(labels[pad])
+            self.labels[self.size :].fill_(self.engine.network.num_classes or 0)
+        self.row.zero_()
+        z = self._normal(self.start) if latents is None else latents[pad].float()
+        alpha, sigma = self.engine.levels[0].unbind(0)
+        if images is None:
+            self.x.copy_(self.engine.start * z)
+        elif noisy:
+            self.x.copy_(alpha * images[pad].float() + sigma * z)
+        else:
+            self.x.copy_(alpha * images[pad].float())
+        if known is not None and mask is not None:
+            self.known.copy_(known[pad])
+            self.mask.copy_(mask[pad])
+            self.x.lerp_(alpha * self.known + sigma * z, self.mask)
+        self._feed(self.engine.scale)
+
+    def _normal(self, counter: Tensor) -> Tensor:
+        z: Tensor = ops.normal(self.seeds, self.ids, counter, self.x[0].numel())
+        return z.reshape(self.x.shape)
+
+    def _feed(self, scale: float | Tensor) -> None:
+        self.model_input.copy_((scale * self.x).repeat(len(self.model_input) // self.size, *[1] * len(self.shape)))
+
+    def step(self, guided: bool) -> None:
+        """One row. Not guided, in a loop that has both halves: the network sees the first alone."""
+        engine, kind = self.engine, self.engine.kind
+        n = 2 * self.size if guided else self.size
+        x, labels = self.model_input[:n], self.labels[:n]
+        if engine.conditions is not None:
+            m = engine.network.call(x, engine.conditions[self.row, labels])
+        elif engine.network.hoisted:
+            t = engine.timesteps[self.row].expand(n)
+            m = engine.network.call(x, engine.network.model.condition(t, labels if self.labelled else None))  # type: ignore[operator]
+        else:
+            t = engine.timesteps[self.row].expand(n)
+            m = engine.network.call(x, t, labels) if self.labelled else engine.network.call(x, t)
+        m = self._checked(m, x)
+        if kind.guide is not None or kind.threshold is not None:
+            m = self._reshaped(m, guided)
+        ops.solver_step(
+            self.x, self.x0, m, self.model_input, self.history, engine.table, self.row, self.seeds, self.ids, self.guidance
+        )  # fmt: skip
+        if kind.painted:
+            self._paint()
+        self.row.add_(1)
+
+    def _checked(self, m: Any, x: Tensor) -> Tensor:
+        """The network's answer as a tensor of x's shape, or of twice its channels."""
+        m = answered(m)
+        if not isinstance(m, Tensor):
+            raise ValueError(f"the network returned {type(m).__name__}; it must return a tensor, or something with a tensor in .sample")
+        twice = (x.shape[0], 2 * x.shape[1], *x.shape[2:])
+        if m.shape not in (x.shape, twice) or (self.engine.learned and m.shape != twice):
+            wanted = f"{list(twice)}, since the variance is learned" if self.engine.learned else "the same shape"
+            raise ValueError(f"the network made {list(m.shape)} of {list(x.shape)}; it must make {wanted}")
+        if m.device != x.device:
+            raise ValueError(f"the network answered on {m.device} what it was asked on {x.device}; it must stay on one device")
+        return m.contiguous()
+
+    def _reshaped(self, m: Tensor, guided: bool) -> Tensor:
+        """x0 of the network's answer, guided, then thresholded and as the user's function has it. v of a learned variance stays as it is."""
+        engine, kind, size, channels = self.engine, self.engine.kind, self.size, self.shape[0]
+        answer, variance = m[:, :channels].float(), m[:size, channels:].float()
+        if guided:
+            w = self.guidance.reshape(-1, *[1] * len(self.shape))
+            answer = answer[size:] + w * (answer[:size] - answer[size:])
+        # Indexed by a tensor of one dimension: one of none would be read back.
+        px, pm = engine.predicted[self.row][0].unbind(0)
+        raw = x0 = px * self.x + pm * answer
+        if kind.guide is not None:
+            alpha, sigma = engine.levels[self.row][0].unbind(0)
+            t = engine.timesteps[self.row][0]
+            labels = self.labels[:size] if self.labelled else None
+            x0 = kind.guide(State(self.x, x0, t, alpha, sigma, labels, self.seeds, self.ids))
+            if not isinstance(x0, Tensor) or x0.shape != self.x.shape:
+                raise ValueError(f"the guidance function must return x0, {list(self.x.shape)}")
+            x0 = x0.detach().float()
+        if kind.threshold is not None:
+            x0 = threshold(x0, kind.threshold)
+        x0 = x0 + 0 * raw  # inf would be clamped, and forgotten; inf * 0 is not a number
+        return torch.cat([x0, variance], dim=1).contiguous() if variance.numel() else x0.contiguous()
+
+    def _paint(self) -> None:
+        """Put the known region, at the noise of the level that this row ends at, over what has been made of it."""
+        alpha, sigma = self.engine.levels[self.row + 1][0].unbind(0)
+        z = self._normal(self.known_stream + self.row)
+        self.x.lerp_(alpha * self.known + sigma * z, self.mask)
+        self._feed(self.engine.table[self.row, COLUMNS.index("c_next")])
+
+    def advance(self, guided: bool, rows: int) -> None:
+        """Some rows: by replay where they have been captured."""
+        while rows and self.graphs:
+            many = CHUNK if rows >= CHUNK and (guided, CHUNK) in self.graphs else 1
+            self.graphs[guided, many].replay()
+            rows -= many
+        for _ in range(rows):
+            self.step(guided)
+
+    def build(self, guided: bool, rows: int) -> None:
+        """What a run of `rows` rows needs before it begins: compiled code, and on CUDA graphs. Whatever is in x is lost."""
+        wanted = [many for many in ((CHUNK, 1) if rows >= CHUNK else (1,)) if (guided, many) not in self.graphs]
+        if not self.engine.capture or not wanted:
+            return
+        # All that a graph reads and writes are the buffers above, and memory of its own.
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.row.zero_()
+                self.step(guided)
+        torch.cuda.current_stream().wait_stream(stream)
+        for many in wanted:
+            self.row.zero_()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                    for _ in range(many):
+                        self.step(guided)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as e:
+                self.engine.capture, self.graphs = False, {}
+                warnings.warn(f"the network cannot be captured in a CUDA graph, so it runs without: {str(e).splitlines()[0]}", stacklevel=2)
+                return
+            self.pool = self.pool or graph.pool()
+            self.graphs[guided, many] = graph
+
+
+def answered(m: Any) -> Any:
+    """What a network says: its result, or its result's `.sample`, or the first of a tuple."""
+    m = getattr(m, "sample", m)
+    return m[0] if isinstance(m, tuple) and m else m
+
+
+def threshold(x0: Tensor, quantile: float) -> Tensor:
+    """Dynamic thresholding (Saharia et al. 2022, "Imagen", section 2.3): a sample is clamped to its quantile of |x0|, at least 1, and divided by it.
+
+    Quantiles are linear between order statistics, as torch.quantile's, which has a limit of size.
+    """
+    flat = x0.flatten(1).abs().sort(dim=1).values
+    place = quantile * (flat.shape[1] - 1)
+    low = int(place)
+    limit = torch.lerp(flat[:, low], flat[:, min(low + 1, flat.shape[1] - 1)], place - low).clamp(min=1.0)
+    limit = limit.reshape(-1, *[1] * (x0.ndim - 1))
+    return torch.clamp(x0, -limit, limit) / limit
