@@ -1,141 +1,190 @@
-"""Images per second of the whole reverse process, against the plain loop of PyTorch calls that a learner writes."""
+"""Images per second of the whole reverse process, against the peers of `benchmarks.peers`, with the same weights, solver, steps and dtype."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import pytest
 import torch
 
-import fastdiff
-from fastdiff import Schedule, UNet, UNetConfig
-from fastdiff.solvers import Table
+from benchmarks import gauges, peers
+from benchmarks.peers import LeftOutError, Peer, Task
+from fastdiff import Schedule
+
+CUDA = torch.cuda.is_available()
+# Seconds after which a case has had rounds enough.
+LIMIT = 20.0
 
 
 @dataclass(frozen=True)
 class Job:
+    """compiled: also those whose network is compiled for this case alone, which takes 15 to 60 s each."""
+
     device: str
     batch: int
+    solver: str = "ddim"
+    steps: int = 20
+    network: str = "sprites"
     guidance: float = 1.0
-    micro_batch: int | str = "auto"
+    compiled: bool = False
 
     def __str__(self) -> str:
-        own = "" if self.micro_batch == "auto" else f"-by{self.micro_batch}"
-        return f"{self.device}-{self.batch}{own}{'-guided' if self.guidance != 1 else ''}"
+        words = [self.device, self.batch, self.solver, self.steps]
+        words += [self.network] * (self.network != "sprites") + ["guided"] * (self.guidance != 1) + ["compiled"] * self.compiled
+        return "-".join(map(str, words))
 
 
-STEPS = {"cpu": 2, "cuda": 20}
-# The last three compile the network for shapes of their own, so they stand where a time limit would cut them off.
+# The sampler that is used on CUDA compiles the network once, for all of the first lines. What compiles for a case of its own comes last, where a
+# time limit would cut it off.
 JOBS = [
-    *(Job("cpu", n) for n in (64, 256)),
-    Job("cpu", 64, guidance=2.0),
-    *(Job("cuda", n) for n in (1, 64, 1024, 4096)),
+    Job("cpu", 64, steps=5),
+    Job("cpu", 256, steps=2),
+    Job("cpu", 64, "ddpm", steps=2),
+    Job("cpu", 64, "dpmpp_2m", steps=2),
+    Job("cpu", 64, steps=2, guidance=2.0),
+    Job("cpu", 64, steps=2, network="UNet2DModel"),
+    Job("cpu", 64, steps=5, compiled=True),
+    Job("cpu", 64, steps=5, network="UNet2DModel", compiled=True),
+    *(Job("cuda", n) for n in (1024, 1, 64, 256, 4096, 16)),
+    Job("cuda", 1024, network="UNet2DModel"),
+    Job("cuda", 64, network="UNet2DModel"),
+    Job("cuda", 1024, "ddpm", 50),
+    Job("cuda", 1024, "ddpm", 500),
     Job("cuda", 1024, guidance=2.0),
-    *(Job("cuda", n, micro_batch=n) for n in (1, 64, 4096)),
+    Job("cuda", 1024, network="UNet2DModel", compiled=True),
+    Job("cuda", 64, "ddpm", 500),
+    Job("cuda", 1, compiled=True),
+    Job("cuda", 64, compiled=True),
+    Job("cuda", 1024, "dpmpp_2m", 20),
 ]
 
 
-def weights() -> tuple[str, fastdiff.Checkpoint]:
-    """The shipped checkpoint, or a random network: the speed is the same."""
-    try:
-        return "sprites", fastdiff.load("sprites")
-    except fastdiff.CheckpointError:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = UNet(UNetConfig(num_classes=8))
-            for p in model.parameters():
-                torch.nn.init.normal_(p, std=0.05)
-        return "random", fastdiff.Checkpoint(model.eval().requires_grad_(False), Schedule.cosine(500), "v", tuple("abcdefgh"))
-
-
 @pytest.fixture(scope="module")
-def checkpoint():
-    return weights()
+def tasks() -> Callable[[Job], tuple[str, Task]]:
+    """Where the weights are from, and the task of a job; the network is on the device once."""
+    models: dict[tuple[str, str], tuple[str, Task]] = {}
 
-
-@pytest.fixture(scope="module")
-def samplers(checkpoint):
-    """One sampler per device and micro-batch, so that the network is compiled once for each."""
-    made = {}
-
-    def of(job: Job) -> fastdiff.Sampler:
-        key = job.device, job.micro_batch
-        if key not in made:
-            made[key] = checkpoint[1].sampler(solver="ddpm", steps=STEPS[job.device], device=job.device, micro_batch=job.micro_batch)
-        return made[key]
+    def of(job: Job) -> tuple[str, Task]:
+        key = job.device, job.network
+        if key not in models:
+            dtype = torch.bfloat16 if job.device == "cuda" else torch.float32
+            if job.network == "sprites":
+                source, ckpt = peers.weights()
+                models[key] = (
+                    source,
+                    Task(ckpt.model.to(job.device, dtype), ckpt.schedule, ckpt.prediction, "ddim", 1, ckpt.shape, len(ckpt.classes)),
+                )
+            else:
+                models[key] = "random", Task(peers.diffusers_unet().to(job.device, dtype), Schedule.linear(500), "epsilon", "ddim", 1)
+        source, of_any = models[key]
+        return source, Task(
+            of_any.model, of_any.schedule, of_any.prediction, job.solver, job.steps, of_any.shape, of_any.num_classes, job.guidance
+        )  # fmt: skip
 
     return of
 
 
-@torch.inference_mode()
-def plain_loop(model, table: Table, shape, device, dtype, labels, null, guidance):
-    """Algorithm 2 of Ho et al. 2020 with classifier-free guidance, x_0 clamped, one tensor operation after another."""
-    x = torch.randn(shape, device=device)
-    for t, (px, pm, clip, a, b, _, d, s, _) in zip(table.timesteps.tolist(), table.rows.tolist(), strict=True):
-        steps = torch.full((len(x),), t, device=device)
-        m = model(x.to(dtype), steps, labels).float()
-        if guidance != 1:
-            free = model(x.to(dtype), steps, null).float()
-            m = free + guidance * (m - free)
-        x0 = (px * x + pm * m).clamp(-clip, clip)
-        x = a * x + b * x0 + d * m
-        if s > 0:
-            x = x + s * torch.randn_like(x)
-    return x
+@pytest.fixture(scope="module")
+def samplers() -> dict[Any, Peer]:
+    """fastdiff's samplers that several cases share, so that the network is compiled once."""
+    return {}
+
+
+def contenders(
+    job: Job, task: Task, samplers: dict[Any, Peer], request: pytest.FixtureRequest
+) -> tuple[dict[str, Callable[[], Peer]], dict[str, str]]:
+    """What makes each peer, ours first, and why others are left out."""
+
+    def own(name: str, compile: bool, micro_batch: int | str = "auto") -> Callable[[], Peer]:
+        def make() -> Peer:
+            key = job.device, job.network, job.solver, job.steps, compile, micro_batch
+            if key not in samplers:
+                samplers[key] = peers.ours(task, compile, micro_batch, name)
+            return samplers[key]
+
+        return make
+
+    cuda = job.device == "cuda"
+    found: dict[str, Callable[[], Peer]] = {}
+    if job.network == "UNet2DModel" and cuda and not job.compiled:
+        found["ours"] = own("fastdiff, not compiled", False)
+    else:
+        found["ours"] = own("fastdiff", cuda or job.compiled)
+    if job.compiled and not cuda:
+        found["fastdiff_eager"] = own("fastdiff, not compiled", False)
+    if cuda and job.batch < 1024:
+        found["fastdiff_own_batch"] = own("fastdiff, a micro-batch of just so many, not compiled", False, job.batch)
+        if job.compiled:
+            found["fastdiff_own_batch_compiled"] = own("fastdiff, a micro-batch of just so many", True, job.batch)
+    found["plain"] = lambda: peers.plain(task)
+    found["diffusers"] = lambda: peers.diffusers(task)
+    found["k_diffusion"] = lambda: peers.k_diffusion(task)
+    reason = request.getfixturevalue("no_compiled")(job.device) if job.compiled else "left out: compiled in the cases that say so"
+    if reason is None:
+        found["diffusers_best"] = lambda: peers.diffusers(task, best=True)
+        return found, {}
+    return found, {"diffusers_best": reason}
 
 
 @pytest.mark.parametrize(
     "job",
-    [
-        pytest.param(
-            j, id=str(j), marks=pytest.mark.skipif(j.device == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA GPU")
-        )
-        for j in JOBS
-    ],
+    [pytest.param(j, id=str(j), marks=pytest.mark.skipif(j.device == "cuda" and not CUDA, reason="needs a CUDA GPU")) for j in JOBS],
 )
-def test_sampler(benchmark, job, checkpoint, samplers, rounds, interleaved, describe):
-    source, ckpt = checkpoint
-    sampler = samplers(job)
-    labels = torch.arange(job.batch, device=sampler.device) % len(ckpt.classes)
-    null = torch.full_like(labels, len(ckpt.classes))
-    guided = job.guidance != 1
-    shape = (job.batch, *ckpt.shape)
+def test_sampler(benchmark, job, tasks, samplers, rounds, interleaved, describe, request):
+    source, task = tasks(job)
+    if job.compiled and (reason := request.getfixturevalue("no_compiled")(job.device)):
+        pytest.skip(reason)
+    cuda, guided = job.device == "cuda", job.guidance != 1
+    made: dict[str, Peer] = {}
+    makers, left_out = contenders(job, task, samplers, request)
+    for name, make in makers.items():
+        try:
+            made[name] = make()
+        except LeftOutError as e:
+            left_out[name] = str(e)
 
-    cuda = job.device == "cuda"
+    def call(peer: Peer) -> Callable[[], None]:
+        def run() -> None:
+            peer.run(job.batch, job.steps)
+            if cuda:
+                torch.cuda.synchronize()
 
-    def ours():
-        sampler(job.batch, labels=labels, guidance=job.guidance)
-        if cuda:
-            torch.cuda.synchronize()
+        return run
 
-    def eager():
-        plain_loop(sampler.model, sampler.table, shape, sampler.device, sampler.dtype, labels, null, job.guidance)
-        if cuda:
-            torch.cuda.synchronize()
-
-    warmup = sampler.warmup(guided)
-    ours()
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    benchmark.pedantic(ours, rounds=rounds)
-    if cuda:
-        # Reserved rather than allocated: what a CUDA graph holds counts too.
-        benchmark.extra_info["peak_memory_mb"] = round(torch.cuda.max_memory_reserved() / 2**20)
-    seconds, found = interleaved({"ours": ours, "eager": eager})
-    each = median(seconds["ours"])
-    evaluations = sampler.steps * (2 if guided else 1)
+    warmups = {name: peer.sampler.warmup(guided, n=job.batch) for name, peer in made.items() if peer.sampler is not None}
+    runs = {name: call(peer) for name, peer in made.items()}
+    for run in runs.values():
+        run()
+    rate = gauges.matmul_rate(job.device, task.dtype)
+    labels = task.labels(1)
+    given = [torch.zeros(1, *task.shape, device=task.device, dtype=task.dtype), torch.zeros(1, device=task.device)]
+    work = peers.flops(task.model, *given, *([] if labels is None else [labels])) * job.batch * job.steps * (2 if guided else 1)
+    benchmark.pedantic(runs["ours"], rounds=rounds)
+    seconds, found = interleaved(runs)
+    sampler = made["ours"].sampler
     benchmark.extra_info |= {
-        **describe(job.device, sampler.dtype, shape),
-        "weights": source,
-        "steps": sampler.steps,
-        "guidance": job.guidance,
-        "micro_batch": sampler.size(guided),
-        "warmup_s": round(warmup, 2),
-        "images_per_s": round(job.batch / each, 2),
-        "ms_per_step": round(each / sampler.steps * 1e3, 4),
-        "model_gflop_per_s": round(ckpt.model.flops() * evaluations * job.batch / each / 1e9, 1),
-        "eager_images_per_s": round(job.batch / median(seconds["eager"]), 2),
-        **found,
+        **describe(job.device, task.dtype, (job.batch, *task.shape)),
+        "weights": source, "network": job.network, "solver": job.solver, "steps": job.steps, "guidance": job.guidance,
+        "way": sampler.way, "micro_batch": sampler.size(guided, job.batch), "warmup_s": round(warmups["ours"], 2),
+        "matmul_gflop_per_s": round(rate / 1e9, 1), **found,
+        "peers": {
+            name: {
+                "about": peer.about,
+                "images_per_s": round(job.batch / median(seconds[name]), 2),
+                "ms_per_step": round(median(seconds[name]) / job.steps * 1e3, 4),
+                "model_gflop_per_s": round(work / median(seconds[name]) / 1e9, 1),
+                "fraction_of_matmul": round(work / median(seconds[name]) / rate, 4),
+                **gauges.measured(peer, task, job.batch),
+            }
+            for name, peer in made.items()
+        },
+        "left_out": left_out,
+    }  # fmt: skip
+    benchmark.extra_info |= {
+        key: benchmark.extra_info["peers"]["ours"][key] for key in ("images_per_s", "ms_per_step", "model_gflop_per_s")
     }
+    if cuda:
+        benchmark.extra_info["peak_memory_mb"] = round(gauges.reserved(runs["ours"])[0])

@@ -135,6 +135,24 @@ def awaited(run: Callable[[], object]) -> Callable[[], None]:
     return call
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption("--compiled", action="store_true", help="benchmarks: also what torch.compile makes on the CPU, up to a minute each")
+
+
+@pytest.fixture
+def no_compiled(request) -> Callable[[str], str | None]:
+    """Why compiled networks are left out on a device, or None."""
+
+    def why(device: str) -> str | None:
+        if device == "cuda":
+            return None
+        if not request.config.getoption("--compiled"):
+            return "left out: networks are compiled for the CPU with --compiled only"
+        return None if shutil.which(os.environ.get("CXX", "g++")) else "left out: no C++ compiler"
+
+    return why
+
+
 @pytest.fixture
 def rounds(request) -> int:
     """Rounds of interleaved timing: as many as --benchmark-min-rounds asks of pytest-benchmark."""

@@ -158,15 +158,17 @@ class Sampler:
     def size(self, guided: bool, n: int | None = None, mixed: bool = False) -> int:
         """Images per micro-batch, for n images, or for many. mixed: guided in some rows only, so that the network is called with half as many, too."""
         halves = 2 if guided else 1
-        room = max(self._room // halves, 1)
+        tried = self.device.type == "cpu" and not self.compile and self.micro_batch == "auto"
+        threads, same = _threads(), self._same_bits() if tried else ()
+        room = max(self._room // halves, 1)  # trying may have found that there is less
         if self.micro_batch != "auto":
             return min(int(self.micro_batch), room)
         if self.device.type != "cpu" or self.compile:
             return min((COMPILED_ROWS if self.device.type == "cpu" else AUTO_ROWS[self.device.type]) // halves, room)
-        threads, most = _threads(), AUTO_ROWS["cpu"]
-        if n is None or n * halves >= 2 * threads * most:
-            return min(most // halves, room)
-        same = self._same_bits()
+        if len(same) == 1:  # one shape for all, and one that few images fill on all cores
+            return min(FEWER_ROWS[0] // halves, room)
+        if n is None or n * halves >= 2 * threads * same[0]:
+            return min(same[0] // halves, room)
         if mixed:
             same = tuple(rows for rows in same if rows == same[0] or {rows // 2, same[0] // 2} <= set(same))
         # Rounds of all threads, times images in each. A call of fewer rows is some percent slower an image.
@@ -307,7 +309,7 @@ class Sampler:
             engine = self._engines[kind]
             engine.load(table)
             engine.grow(workers)
-            if self.device.type == "cuda":
+            if engine.capture:
                 for guided in set(guided_rows):
                     runs = [len(list(run)) for flag, run in itertools.groupby(guided_rows) if flag == guided]
                     for loop in engine.loops:

@@ -761,7 +761,9 @@ def test_given_x0_the_rows_are_those_of_a_network_that_says_x0(solver, options, 
 def test_names_are_the_solvers_that_table_takes():
     assert set(solvers.names()) == {solver for solver, _ in ALL}
     for name in solvers.names():
-        assert table(name, LINEAR).solver == name
+        rows = table(name, LINEAR)
+        assert rows.solver == name
+        assert same(rows, table(name, LINEAR, steps=20, prediction="epsilon", clip=1.0))
 
 
 # Refusals

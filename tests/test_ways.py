@@ -130,8 +130,13 @@ def test_a_measurement_holds_for_networks_of_the_same_shape():
     assert key() == key(small_network(seed=1))
     other_shape = UNet(UNetConfig(**SMALL.config | {"embedding": 64}))
     linear, convolution = nn.Sequential(nn.Linear(3, 3)), nn.Sequential(nn.Conv2d(3, 3, 1))
+
+    class Other(UNet):
+        pass
+
     different = [
-        key(), key(other_shape), key(rows=64), key(dtype=torch.bfloat16), key(Plain(torch.sin, small_network())), key(linear), key(convolution)
+        key(), key(other_shape), key(rows=64), key(dtype=torch.bfloat16), key(Plain(torch.sin, small_network())), key(linear), key(convolution),
+        key(Other(SMALL)),
     ]  # fmt: skip
     assert len(set(different)) == len(different)
 

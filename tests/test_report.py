@@ -1,0 +1,105 @@
+"""Tables and pictures of benchmark rows."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from benchmarks import report
+
+ROOT = Path(__file__).parent.parent
+ABOUT = {"device": "A chip", "dtype": "float32", "torch": "2.13.0", "threads": 2, "commit": "abc1234", "shape": [64, 3, 16, 16]}
+PEERS = {
+    "ours": {"images_per_s": 200.0, "fraction_of_matmul": 0.5, "ops_per_step": 12, "syncs_per_step": 0},
+    "diffusers": {"images_per_s": 100.0},
+}
+RATIO = {"ratio_to_diffusers": 2.0, "ratio_to_diffusers_min": 1.9, "ratio_to_diffusers_max": 2.1}
+SAMPLER = {**ABOUT, **RATIO, "network": "sprites", "solver": "ddim", "steps": 20, "guidance": 1.0, "peers": PEERS}
+KERNEL = {
+    **ABOUT,
+    "ours_us": 12.345,
+    "gb_per_s": 99.6,
+    "fraction_of_copy": 0.91,
+    **{f"ratio_to_eager{end}": 3.0 for end in ("", "_min", "_max")},
+}
+
+
+def written(path, *rows):
+    path.write_text(json.dumps({"benchmarks": [{"name": name, "extra_info": extra} for name, extra in rows]}))
+    return path
+
+
+@pytest.fixture
+def file(tmp_path):
+    larger = {**SAMPLER, "shape": [256, 3, 16, 16], "peers": {"ours": {"images_per_s": 400.0}, "diffusers": {"images_per_s": 150.0}}}
+    return written(tmp_path / "rows.json", ("test_sampler[a]", SAMPLER), ("test_sampler[b]", larger), ("test_solver_step[cpu-64]", KERNEL))
+
+
+def test_tables_hold_the_figures_and_where_they_are_from(file, capsys):
+    assert report.main([str(file)]) == 0
+    text = capsys.readouterr().out
+    assert "**Sampling: A chip, float32, torch 2.13.0, 2 threads, commit abc1234**" in text
+    assert "| 64 images, sprites, ddim 20 | fastdiff | 200 |  | 0.50 | 12 |  | 0 |" in text
+    assert "|  | diffusers | 100 | 2.00 (1.90 to 2.10) |" in text
+    assert "| solver_step[cpu-64] | 12.3 | 100 | 0.91 | 3.00 (3.00 to 3.00) |  |" in text
+
+
+def test_the_committed_rows_make_tables(capsys):
+    assert report.main([]) == 0
+    text = capsys.readouterr().out
+    assert "**Kernels: " in text
+    assert "**Sampling: " in text
+    assert "nan" not in text
+
+
+def test_readme_is_changed_between_its_markers_only(file, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    for _ in range(2):
+        assert report.main([str(file), "--readme", str(readme)]) == 0
+        text = readme.read_text()
+        assert text.startswith(f"before\n{report.START}\n\n**Sampling")
+        assert text.endswith(f"{report.END}\nafter\n")
+        assert "old" not in text
+    assert capsys.readouterr().out == ""
+
+
+def test_picture(file, tmp_path):
+    assert report.main([str(file), "--png", str(tmp_path / "speed.png")]) == 0
+    with Image.open(tmp_path / "speed.png") as image:
+        assert min(image.size) > 300
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 20
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "text"),
+    [
+        ("{", [], "not JSON"),
+        ("[]", [], "no rows"),
+        ('{"benchmarks": []}', [], "no rows"),
+        (None, [], "No such file"),
+        (json.dumps({"benchmarks": [{"name": "test_sampler[x]", "extra_info": {}}]}), [], "a row lacks"),
+        (json.dumps({"benchmarks": [{"name": "test_solver_step[x]", "extra_info": KERNEL}]}), ["--png", "x.png"], "nothing to draw"),
+        (json.dumps({"benchmarks": [{"name": "test_solver_step[x]", "extra_info": KERNEL}]}), ["--readme", "plain.md"], "must hold"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, content, more, text):
+    monkeypatch.chdir(tmp_path)
+    Path("plain.md").write_text("no markers")
+    if content is not None:
+        Path("rows.json").write_text(content)
+    assert report.main(["rows.json", *more]) == 2
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.count("\n") == 1
+    assert not Path("x.png").exists()
+    assert Path("plain.md").read_text() == "no markers"
+
+
+def test_as_a_command():
+    done = subprocess.run([sys.executable, "-m", "benchmarks.report", "nowhere.json"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "python -m benchmarks.report: nowhere.json: No such file or directory\n"
