@@ -100,7 +100,7 @@ def contenders(
 
     def own(name: str, compile: bool, micro_batch: int | str = "auto") -> Callable[[], Peer]:
         def make() -> Peer:
-            key = job.device, job.network, job.solver, job.steps, compile, micro_batch
+            key = job.device, job.network, job.solver, job.steps, job.guidance, compile, micro_batch
             if key not in samplers:
                 samplers[key] = peers.ours(task, compile, micro_batch, name)
             return samplers[key]
