@@ -16,7 +16,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 START, END = "<!-- speed:start -->", "<!-- speed:end -->"
 NAMES = {
-    "ours": "fastdiff", "fastdiff_eager": "fastdiff, not compiled", "fastdiff_own_batch": "fastdiff, own micro-batch, not compiled",
+    "ours": "fastdiff", "fastdiff_eager": "fastdiff, eager", "fastdiff_own_batch": "fastdiff, own micro-batch, not compiled",
     "fastdiff_own_batch_compiled": "fastdiff, own micro-batch", "plain": "plain PyTorch loop", "diffusers": "diffusers",
     "diffusers_best": "diffusers, best settings", "k_diffusion": "k-diffusion", "eager": "plain PyTorch loop",
 }  # fmt: skip
@@ -51,6 +51,11 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 def where(row: Row) -> str:
     return f"{row['device']}, {row['dtype']}, torch {row['torch']}, {row['threads']} threads, commit {row['commit']}"
+
+
+def who(row: Row, peer: str) -> str:
+    """A peer by name, ours with the way its network ran."""
+    return f"fastdiff, {row['way']}" if peer == "ours" and "way" in row else NAMES.get(peer, peer)
 
 
 def ratio(row: Row, peer: str) -> str:
@@ -89,7 +94,7 @@ def sections(rows: list[Row]) -> list[str]:
                 add(
                     f"Sampling: {where(row)}",
                     ["case", "who", "images/s", "ours is as fast, times", "of a matrix product", "operations a step", "kernels", "waits"],
-                    [case, NAMES.get(peer, peer), rate[0], ratio(row, peer), rate[1], *steps],
+                    [case, who(row, peer), rate[0], ratio(row, peer), rate[1], *steps],
                 )
                 case = ""
         elif kind == "unet":
@@ -115,14 +120,14 @@ def sections(rows: list[Row]) -> list[str]:
             )
         elif kind == "memory":
             sizes = sorted(int(key.rpartition("_")[2]) for key in row if key.startswith("peak_memory_mb_"))
-            for who, prefix in (("fastdiff", ""), ("diffusers", "diffusers_")):
+            for library, prefix in (("fastdiff", ""), ("diffusers", "diffusers_")):
                 found = [row.get(f"{prefix}peak_memory_mb_{n}", "") for n in sizes]
-                add(f"Peak memory, MiB: {where(row)}", ["who", *(f"{n} images" for n in sizes)], [who, *map(str, found)])
+                add(f"Peak memory, MiB: {where(row)}", ["who", *(f"{n} images" for n in sizes)], [library, *map(str, found)])
     return [f"**{title}**\n\n{table(head, lines)}" for title, (head, lines) in parts.items()]
 
 
 def picture(rows: list[Row], path: Path) -> None:
-    """Images a second against the batch, a line for each peer, a panel for each device, network, solver and number of steps."""
+    """Images a second, times steps, against the batch: a line for each peer, a panel for each device, network and solver with several batches."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -131,25 +136,30 @@ def picture(rows: list[Row], path: Path) -> None:
     panels: dict[str, dict[str, dict[int, float]]] = {}
     for row in rows:
         if row.get("peers") and row.get("guidance", 1) == 1:
-            panel = panels.setdefault(f"{row['device']}, {row['dtype']}\n{row['network']}, {row['solver']}, {row['steps']} steps", {})
+            panel = panels.setdefault(f"{row['device']}, {row['dtype']}\n{row['network']}, {row['solver']}", {})
             for peer, of in row["peers"].items():
-                panel.setdefault(NAMES.get(peer, peer), {})[row["shape"][0]] = of["images_per_s"]
+                panel.setdefault(who(row, peer), {})[row["shape"][0]] = of["images_per_s"] * row["steps"]
+    panels = {title: lines for title, lines in panels.items() if len({n for points in lines.values() for n in points}) > 1}
     if not panels:
-        raise ReportError("no rows of the sampler with peers, so there is nothing to draw")
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.6), squeeze=False)
+        raise ReportError("no rows of the sampler with peers and several batches, so there is nothing to draw")
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.8), squeeze=False)
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
         for name, points in lines.items():
             own = name.startswith("fastdiff")
             axis.plot(*zip(*sorted(points.items()), strict=True), "o-", label=name, linewidth=2.2 if own else 1.2, zorder=3 if own else 2)
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        values = [v for points in lines.values() for v in points.values()]
+        if max(values) > 4 * min(values):
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(0, 1.15 * max(values))
         ticks = sorted({n for points in lines.values() for n in points})
         axis.set_xticks(ticks, [str(n) for n in ticks])
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("images at a time")
-        axis.set_ylabel("images per second")
+        axis.set_ylabel("images per second, times steps")
         axis.grid(True, which="both", alpha=0.25)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=8, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -159,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Tables and a picture of benchmark rows.")
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="rows of pytest-benchmark (all of benchmarks/results)")
     parser.add_argument("--readme", type=Path, metavar="FILE", help=f"put the tables between {START} and {END} there")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw images per second against the batch")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw images per second, times steps, against the batch")
     args = parser.parse_args(argv)
     try:
         rows = rows_of(args.files or sorted(RESULTS.glob("*.json")))

@@ -34,7 +34,12 @@ def written(path, *rows):
 
 @pytest.fixture
 def file(tmp_path):
-    larger = {**SAMPLER, "shape": [256, 3, 16, 16], "peers": {"ours": {"images_per_s": 400.0}, "diffusers": {"images_per_s": 150.0}}}
+    larger = {
+        **SAMPLER,
+        "way": "compiled",
+        "shape": [256, 3, 16, 16],
+        "peers": {"ours": {"images_per_s": 400.0}, "diffusers": {"images_per_s": 150.0}},
+    }
     return written(tmp_path / "rows.json", ("test_sampler[a]", SAMPLER), ("test_sampler[b]", larger), ("test_solver_step[cpu-64]", KERNEL))
 
 
@@ -43,6 +48,7 @@ def test_tables_hold_the_figures_and_where_they_are_from(file, capsys):
     text = capsys.readouterr().out
     assert "**Sampling: A chip, float32, torch 2.13.0, 2 threads, commit abc1234**" in text
     assert "| 64 images, sprites, ddim 20 | fastdiff | 200 |  | 0.50 | 12 |  | 0 |" in text
+    assert "| 256 images, sprites, ddim 20 | fastdiff, compiled | 400 |" in text
     assert "|  | diffusers | 100 | 2.00 (1.90 to 2.10) |" in text
     assert "| solver_step[cpu-64] | 12.3 | 100 | 0.91 | 3.00 (3.00 to 3.00) |  |" in text
 
