@@ -78,7 +78,7 @@ class Sampler:
     quantile (0.995, say) instead; it sorts every image in every row, outside the fused update. device, dtype: default where the model's
     parameters are, and fp32 on the CPU, bf16 on CUDA; where they differ from the model's own, a copy is sampled from, of the weights as they
     are now. compile: "auto" takes what `measure` has found to be the fastest here, else compiles on CUDA and runs eagerly on the CPU;
-    compiled code for the CPU has the weights, as they are now, built in. micro_batch: images worked on at a time, "auto" for the device's
+    compiled code for the CPU has the weights built in, as they were at the first call. micro_batch: images worked on at a time, "auto" for the device's
     best, halved when memory runs out. All work is done in micro-batches of one shape, the last one filled up, so an image depends on its
     seed and id, not on how many are made with it. On the CPU each core runs its own micro-batches on one thread, so it does not depend on
     the number of threads either.
@@ -228,7 +228,7 @@ class Sampler:
             for way in ("eager", "compiled"):
                 other = Sampler(
                     self.model, self.schedule, self.shape, num_classes=self.num_classes, device=self.device, dtype=self.dtype,
-                    compile=way == "compiled", micro_batch=self.measured_rows // (2 if guided else 1), **{**self._always, **self._shown()},
+                    compile=way == "compiled", micro_batch=self.measured_rows // (2 if guided else 1), **{**self._always, **self._settings()},
                 )  # fmt: skip
                 try:
                     other.warmup(guided)
@@ -250,7 +250,7 @@ class Sampler:
             self._engines.clear()
         return result
 
-    def _shown(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         return {"solver": self.solver, "steps": self._steps, "threshold": self.threshold, **self.options}
 
     def _time(self, guided: bool) -> None:
@@ -278,7 +278,9 @@ class Sampler:
     def _take_network(self) -> Network:
         if self._network is None:
             compiler = functools.partial(_compiled, cuda=self.device.type == "cuda") if self.compile else None
-            self._network = Network(self.model, self.num_classes, compiler)
+            # Compiled for a CPU the weights are constants, so all that depends on them must be of the same moment.
+            frozen = self.compile and self.device.type == "cpu"
+            self._network = Network(copy.deepcopy(self.model).eval() if frozen else self.model, self.num_classes, compiler)
         return self._network
 
     def _kind(

@@ -259,7 +259,13 @@ def test_compiled_on_the_cpu(monkeypatch, tmp_path):
     assert compiled.way == "compiled"
     assert counters["stats"]["unique_graphs"] == 2  # of a micro-batch, and of both halves of a guided one
     torch.compiler.reset()
-    assert torch.equal(make(model, compile=True)(5, labels=labels), compiled(5, labels=labels))
+    kept = compiled(5, labels=labels)
+    assert torch.equal(make(model, compile=True)(5, labels=labels), kept)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)
+    assert torch.equal(compiled(5, labels=labels), kept)  # of the weights that it has built in
+    assert not torch.equal(eager(5, labels=labels), kept)
 
 
 @needs_cuda
