@@ -735,17 +735,28 @@ _HELD: list[int] = []
 _HELD_LOCK = threading.Lock()
 
 
+def _setting() -> int:
+    """The process's number of threads, as a thread sees it that starts now. One that first asked while it was held would still see 1."""
+    if _HELD:
+        return _HELD[0]
+    found: list[int] = []
+    fresh = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    fresh.start()
+    fresh.join()
+    return found[0]
+
+
 def _threads() -> int:
     """The number of threads that the user has set, whoever holds it at 1 just now."""
     with _HELD_LOCK:
-        return _HELD[0] if _HELD else torch.get_num_threads()
+        return _setting()
 
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
     """This thread's operations on one core."""
     with _HELD_LOCK:
-        _HELD.append(_HELD[0] if _HELD else torch.get_num_threads())
+        _HELD.append(_setting())
         torch.set_num_threads(1)
     try:
         yield

@@ -584,11 +584,11 @@ def table(
         if not whole(steps):
             _check_steps(schedule.timesteps, steps)
         levels = spaced_levels(schedule, steps, spacing or default_spacing(solver, schedule, steps))
-    if any(level.sigma == 0 for level in levels):
+    first = Level(0.0, *schedule.noise_at(0.0))
+    if any(level.sigma == 0 for level in (*levels, *([first] if invert else []))):
         raise ValueError("the schedule has timesteps without noise (alpha_bar = 1), where no solver step is defined")
     walked = max(round(strength * len(levels)), 1)
     levels = levels[len(levels) - walked :]
-    first = Level(0.0, *schedule.noise_at(0.0))
     ends = [CLEAN] if denoise and not invert else [first] if levels[-1][1:] != first[1:] else []
     takes = list(inspect.signature(_SOLVERS[solver]).parameters)[1:]
     if unknown := [name for name in options if name not in takes]:

@@ -610,6 +610,13 @@ def test_thresholded_by_hand(network, options, guidance):
     torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
 
 
+def test_a_threshold_takes_the_place_of_clip(network):
+    call = {"labels": LABELS, "guidance": 4.0}
+    want = make(network, threshold=0.9)(6, **call)
+    assert torch.equal(make(network, threshold=0.9, clip=0.3)(6, **call), want)
+    assert not torch.equal(make(network, clip=0.3)(6, **call), want)
+
+
 def test_threshold_then_guide_is_guide_then_threshold(network):
     """The function has its say first, and what it says is thresholded."""
     sampler = make(network, threshold=0.9)
