@@ -131,7 +131,8 @@ def ddpm(grid: Grid, variance: str = "posterior") -> Iterator[Row]:
         raise ValueError(f"unknown variance {variance!r}; known: {', '.join(VARIANCES)}{_near(variance, VARIANCES)}")
     for now, after in pairwise(grid.levels):
         keep = now.alpha / after.alpha  # the square root of alpha_t of the paper, between the two timesteps
-        beta = 1 - keep**2 if grid.schedule.preserving else now.sigma**2 - (keep * after.sigma) ** 2
+        # Not below 0, where the two levels are one but for rounding.
+        beta = max(1 - keep**2 if grid.schedule.preserving else now.sigma**2 - (keep * after.sigma) ** 2, 0.0)
         small, large = beta * after.sigma**2 / now.sigma**2, beta if after.sigma else 0.0
         row = Row(now, keep * after.sigma**2 / now.sigma**2, after.alpha * beta / now.sigma**2)
         if variance == "learned" and small > 0:  # log variance = (1 + v) / 2 log large + (1 - v) / 2 log small
@@ -280,7 +281,9 @@ def dpmpp_2m_sde(grid: Grid, eta: float = 1.0, solver_type: str = "midpoint") ->
 
 
 def dpmpp_3m_sde(grid: Grid, eta: float = 1.0) -> Iterator[Row]:
-    """SDE-DPM-Solver++(3M), third order where eta is 0 (k-diffusion, `sample_dpmpp_3m_sde`; Lu et al. 2022, "DPM-Solver++", section 4.2).
+    """SDE-DPM-Solver++(3M) as k-diffusion has it (`sample_dpmpp_3m_sde`; Lu et al. 2022, "DPM-Solver++", section 4.2).
+
+    With x0 of three rows, but second order where it is measured (eta 0): of the second derivative the formula takes half.
 
     eta: 0 is deterministic, 1 the reverse diffusion's own noise. First and second order in the first two rows, first in the last.
     """
@@ -528,15 +531,15 @@ def spaced_levels(schedule: Schedule, steps: int, spacing: str) -> list[Level]:
 def default_spacing(solver: str, schedule: Schedule, steps: int) -> str:
     """The spacing that suits a solver.
 
-    "karras" for an edm schedule; "trailing" for a single step and where a row is one first-order step; "logsnr" for heun, whose long steps in
-    sigma / alpha would go wrong near pure noise, if the schedule has signal there; "linspace" for the others, since their last row, of first
+    "karras" for an edm schedule; "trailing" for a single step and where a row is one first-order step; "logsnr" for heun and the multistep
+    SDE solvers, which go wrong in long steps near pure noise, if the schedule has signal there; "linspace" for the others, since their last row, of first
     order, should be short.
     """
     if schedule.name == "edm":
         return "karras"
     if steps == 1 or solver in ("ddpm", "ddim", "euler", "euler_ancestral"):
         return "trailing"
-    return "logsnr" if solver in ("heun", "edm_heun") and schedule.alpha[-1] > 0 else "linspace"
+    return "logsnr" if solver in ("heun", "edm_heun", "dpmpp_2m_sde", "dpmpp_3m_sde") and schedule.alpha[-1] > 0 else "linspace"
 
 
 def table(

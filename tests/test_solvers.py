@@ -184,7 +184,7 @@ def test_default_spacing_is_the_solvers_own(solver):
     assert ends(cosine, 1, "epsilon") == [499, 499]
     assert ends(FLOW, 10, "flow") == [999, 99 if solver in SIMPLE else 0]
     assert same(table(solver, EDM, steps=7), table(solver, EDM, steps=7, spacing="karras"))
-    spacing = "trailing" if solver in SIMPLE else "logsnr" if solver in ("heun", "edm_heun") else "linspace"
+    spacing = "trailing" if solver in SIMPLE else "logsnr" if solver in ("heun", "edm_heun", "dpmpp_2m_sde", "dpmpp_3m_sde") else "linspace"
     assert same(table(solver, cosine, steps=10), table(solver, cosine, steps=10, spacing=spacing))
     assert solvers.default_spacing(solver, cosine, 10) == spacing
 
