@@ -532,8 +532,8 @@ def default_spacing(solver: str, schedule: Schedule, steps: int) -> str:
     """The spacing that suits a solver.
 
     "karras" for an edm schedule; "trailing" for a single step and where a row is one first-order step; "logsnr" for heun and the multistep
-    SDE solvers, which go wrong in long steps near pure noise, if the schedule has signal there; "linspace" for the others, since their last row, of first
-    order, should be short.
+    SDE solvers, which go wrong in long steps near pure noise, if the schedule has signal there; "linspace" for the others, since their last
+    row, of first order, should be short.
     """
     if schedule.name == "edm":
         return "karras"
