@@ -248,6 +248,19 @@ def test_steps_of_a_call_come_before_timesteps_of_the_sampler(network):
     assert torch.equal(sampler(2, labels=1, steps=7), make(network, steps=7)(2, labels=1))
 
 
+@pytest.mark.parametrize(
+    ("own", "call"),
+    [
+        ({"timesteps": [40, 20, 3]}, {"spacing": "karras"}),
+        ({"spacing": "karras"}, {"timesteps": [40, 20, 3]}),
+        ({"timesteps": [40, 20, 3], "eta": 0.5}, {"timesteps": [30, 9], "eta": 0.5}),
+    ],
+    ids=str,
+)
+def test_the_levels_of_a_call_take_the_place_of_the_samplers(network, own, call):
+    assert torch.equal(make(network, **own)(2, labels=1, **call), make(network, **call)(2, labels=1))
+
+
 def test_options_are_those_of_the_samplers_own_solver(network):
     """A call with another solver has that one's defaults, and a call that names the same has the sampler's."""
     sampler = make(network, solver="ddim", eta=0.7, spacing="karras")
@@ -724,6 +737,7 @@ def warned(sampler, n, **call):
         (200, "auto", 2.0, 20, (8,)),
         (7, 6, 1.0, 3, (6, 3)),
         (7, 6, 1.0, 1, (6, 3, 1)),
+        (9, 8, 2.0, 8, (8, 4)),  # 8 images with guidance are 16 rows
     ],
 )
 def test_out_of_memory_halves_the_micro_batch(network, error, n, micro_batch, guidance, most, sizes):
@@ -731,6 +745,7 @@ def test_out_of_memory_halves_the_micro_batch(network, error, n, micro_batch, gu
     call = {"seed": 3, "labels": 1, "guidance": guidance}
     got, said = warned(sampler, n, **call)
     assert said == [f"out of memory with {a} images at a time; going on with {b}" for a, b in pairwise(sizes)]
+    assert sampler.size(guidance != 1) == sizes[-1]
     hidden = Plain(network.forward, network)
     assert torch.equal(got, make(hidden, micro_batch=sizes[-1])(n, **call))
     assert torch.equal(sampler(n, **call), got)  # and no other word of it
