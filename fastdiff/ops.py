@@ -91,9 +91,10 @@ def solver_step(
     seeds: Tensor,
     ids: Tensor,
     guidance: Tensor,
+    noise: Tensor | None = None,
 ) -> None:
     """One row of a solver, in place on x, x0, history and model_input."""
-    reference.solver_step(x, x0, m, model_input, history, table, row, seeds, ids, guidance)
+    reference.solver_step(x, x0, m, model_input, history, table, row, seeds, ids, guidance, noise)
 
 
 @solver_step.register_kernel("cuda")
@@ -106,3 +107,35 @@ def _(*args: Any) -> None:
 @solver_step.register_fake
 def _(*args: Any) -> None:
     return None
+
+
+@custom_op("fastdiff::scheduler_step", mutates_args=())
+def scheduler_step(
+    m: Tensor,
+    x: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    ids: Tensor | None,
+    limit: Tensor | None,
+    before: Tensor | None,
+    earlier: Tensor | None,
+    wide: bool,
+) -> tuple[Tensor, Tensor]:
+    """One row of a solver out of place: the next x, and x0."""
+    out, x0 = reference.scheduler_step(m, x, table, rows, noise, seeds, ids, limit, before, earlier, wide)
+    return out.contiguous(), x0.contiguous()
+
+
+@scheduler_step.register_kernel("cuda")
+def _(*args: Any) -> Any:
+    from .kernels import scheduler_step as kernel
+
+    return kernel.scheduler_step(*args)
+
+
+@scheduler_step.register_fake
+def _(m: Tensor, x: Tensor, table: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    out = x.new_empty(x.shape, dtype=torch.promote_types(m.dtype, x.dtype))
+    return out, out.new_empty(x.shape, dtype=table.dtype) if args[-1] else torch.empty_like(out)

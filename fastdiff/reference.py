@@ -38,12 +38,12 @@ def box_muller(w0: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
 def noise_words(seeds: Tensor, ids: Tensor, counter: Tensor, quads: int) -> Tensor:
     """The words of the noise stream, int64 [N, quads, 4] in [0, 2^32): DESIGN of the stream in the README, "Noise is a function".
 
-    seeds, ids: int64 [N]. counter: integer tensor of one element, stream << 24 | row. Key = seed (lo, hi),
+    seeds, ids: int64 [N]. counter: integer tensor of one element, or of N, stream << 24 | row. Key = seed (lo, hi),
     counter words = (quad, stream and row, id lo, id hi).
     """
     quad = torch.arange(quads, device=seeds.device)[None, :]
     seed, sample = seeds[:, None], ids[:, None]
-    c1 = counter.to(torch.int64).reshape(1, 1) & _WORD
+    c1 = counter.to(torch.int64).reshape(-1, 1) & _WORD
     zero = torch.zeros_like(quad + seed)
     words = philox(quad + zero, c1 + zero, (sample & _WORD) + zero, ((sample >> 32) & _WORD) + zero, seed & _WORD, (seed >> 32) & _WORD)
     return torch.stack(words, dim=-1)
@@ -100,6 +100,7 @@ def solver_step(
     seeds: Tensor,
     ids: Tensor,
     guidance: Tensor,
+    noise: Tensor | None = None,
 ) -> None:
     """One row of a solver, in place on x, x0, history and model_input.
 
@@ -113,8 +114,8 @@ def solver_step(
     The columns of table[row] are COLUMNS. x, x0: fp32 [N, C, ...]. m, model_input: [N, C, ...] or [2N, C, ...], any float dtype; m may
     have 2C channels, the second C being v, which the network has learned of its variance (v of the conditional half), else v is 0.
     history: fp32 [SLOTS, N, C, ...], or [0, ...] for a table that uses none. row: integer [1]. seeds, ids: int64 [N]. guidance: w, fp32 [N].
-    z: the noise stream at this row. A coefficient of 0 ignores what it weighs, even NaN, for x0, history and noise. NaN in m stays NaN:
-    clamp does not hide it.
+    z: noise, fp32 of x's shape, or without it the noise stream at this row. A coefficient of 0 ignores what it weighs, even NaN, for x0, history
+    and noise. NaN in m stays NaN: clamp does not hide it.
     """
     n, channels = x.shape[:2]
     per_sample = (n, *[1] * (x.ndim - 1))
@@ -133,8 +134,58 @@ def solver_step(
         if slot >= 0:
             history[int(slot)].copy_(save_x * x + save_x0 * new)
     if s != 0 and n:
-        z = normal(seeds, ids, row, x[0].numel()).reshape(x.shape)
+        z = normal(seeds, ids, row, x[0].numel()).reshape(x.shape) if noise is None else noise
         out = out + s * (z * torch.exp(log_s * v) if v.numel() else z)
     x.copy_(out)
     x0.copy_(new)
     model_input.copy_((c_next * out).repeat(len(model_input) // max(n, 1), *[1] * (x.ndim - 1)))
+
+
+# Columns of a scheduler's table, [rows, 11], in order; see scheduler_step. row: the row of the noise stream.
+STEP_COLUMNS = ("px", "pm", "clip", "a", "b", "d", "c", "h", "s", "log_s", "row")
+
+
+def scheduler_step(
+    m: Tensor,
+    x: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    ids: Tensor | None,
+    limit: Tensor | None,
+    before: Tensor | None,
+    earlier: Tensor | None,
+    wide: bool,
+) -> tuple[Tensor, Tensor]:
+    """One row of a solver out of place, with a row for each sample if need be.
+
+        x0 = clamp(px x + pm m, -clip, clip)        or, with limits, clamp(px x + pm m, -limit, limit) / limit
+        x' = a x + b x0 + d m + c before + h earlier + s exp(log_s v) z
+
+    Returns x' and x0, both of x's shape in the wider dtype of m and x; x0 in the table's if `wide`. m, x: [N, C, ...] of any float dtype; m may
+    have 2C channels, the second C being v, else v is 0. table: [R, 11], fp32, or fp64 and then all is computed in fp64; the columns of a row
+    are STEP_COLUMNS. rows: int64 [1], or [N]. z: noise, of x's shape, or, with seeds and ids, int64 [N], the noise stream at the row that the table
+    names, or 0. limit: [N]. before, earlier: x0 of the step before and of the one before that.
+    """
+    channels, dtype = x.shape[1], torch.promote_types(m.dtype, x.dtype)
+    table = table[rows].reshape(-1, *[1] * (x.ndim - 1), table.shape[1])
+    px, pm, clip, a, b, d, c, h, s, log_s, row = table.unbind(-1)
+    model, v, x = m[:, :channels].to(table.dtype), m[:, channels:].to(table.dtype), x.to(table.dtype)
+    new = px * x + pm * model
+    if limit is None:
+        new = torch.clamp(new, -clip, clip)
+    else:
+        limit = limit.reshape(-1, *[1] * (x.ndim - 1))
+        new = torch.clamp(new, -limit, limit) / limit
+    out = a * x + b * new + d * model
+    if before is not None:
+        out = out + c * before
+    if earlier is not None:
+        out = out + h * earlier
+    if noise is None and seeds is not None and ids is not None and len(x):
+        noise = normal(seeds, ids, row.flatten().long(), x[0].numel()).reshape(x.shape)
+    if noise is not None:
+        noise = noise.to(table.dtype)
+        out = out + s * (noise * torch.exp(log_s * v) if v.numel() else noise)
+    return out.to(dtype), new if wide else new.to(dtype)

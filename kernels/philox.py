@@ -151,12 +151,12 @@ def ptx(device: torch.device) -> int:
     return 10 * major + minor if major >= 8 else 0
 
 
-def check(seeds: torch.Tensor, ids: torch.Tensor, counter: torch.Tensor, n: int, device: torch.device) -> None:
+def check(seeds: torch.Tensor, ids: torch.Tensor, counter: torch.Tensor | None, n: int, device: torch.device) -> None:
     """Assert what every kernel that draws noise for n samples relies on."""
     for name, v in (("seeds", seeds), ("ids", ids)):
         assert v.shape == (n,) and v.dtype == torch.int64 and v.is_contiguous() and v.device == device, (
             f"{name} must be contiguous int64 [{n}] on {device}, not {v.dtype} {list(v.shape)} on {v.device}"
         )
-    assert counter.numel() == 1 and counter.dtype in (torch.int32, torch.int64) and counter.device == device, (
+    assert counter is None or (counter.numel() == 1 and counter.dtype in (torch.int32, torch.int64) and counter.device == device), (
         f"row or counter must be one int32 or int64 on {device}, not {counter.dtype} {list(counter.shape)} on {counter.device}"
     )

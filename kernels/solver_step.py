@@ -40,11 +40,12 @@ def exp2(v, PTX: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n"])
 def solver_step_kernel(
-    x_ptr, x0_ptr, m_ptr, model_input_ptr, history_ptr, table_ptr, row_ptr, seeds_ptr, ids_ptr, guidance_ptr, n,
+    x_ptr, x0_ptr, m_ptr, model_input_ptr, history_ptr, table_ptr, row_ptr, seeds_ptr, ids_ptr, guidance_ptr, noise_ptr, n,
     NUMEL: tl.constexpr, GUIDED: tl.constexpr, PAIRED: tl.constexpr, HISTORY: tl.constexpr, VARIANCE: tl.constexpr, PTX: tl.constexpr,
     R: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """GUIDED: m holds two halves; PAIRED: model_input does. HISTORY: slots. VARIANCE: each sample of m is NUMEL of m, then NUMEL of v."""
+    """GUIDED: m holds two halves; PAIRED: model_input does. HISTORY: slots. VARIANCE: each sample of m is NUMEL of m, then NUMEL of v.
+    noise_ptr None: the noise is made from seeds and ids."""
     sample, quad, at, step, readable, writable = tile(n, NUMEL, R, P)
     half = n.to(tl.int64) * NUMEL
     m_at, m_half = at, half
@@ -83,12 +84,15 @@ def solver_step_kernel(
             saved = tl.load(coefficients + 13) * x + tl.load(coefficients + 14) * new
             tl.store(history_ptr + slot.to(tl.int64) * half + at + step, saved, mask=writable)
     if s != 0:
+        if noise_ptr is None:
+            z = quad_normals(quad, sample, seeds_ptr, ids_ptr, row, s, PTX)
+        else:
+            z = s * tl.load(noise_ptr + at + step, mask=readable, eviction_policy="evict_first")
         if VARIANCE:
             v = tl.load(m_ptr + NUMEL + m_at + step, mask=readable, eviction_policy="evict_first").to(tl.float32)
             log2_s = tl.load(coefficients + 15) * 1.4426950408889634
-            out += exp2(log2_s * v, PTX) * quad_normals(quad, sample, seeds_ptr, ids_ptr, row, s, PTX)
-        else:
-            out += quad_normals(quad, sample, seeds_ptr, ids_ptr, row, s, PTX)
+            z *= exp2(log2_s * v, PTX)
+        out += z
     tl.store(x_ptr + at + step, out, mask=writable)
     tl.store(x0_ptr + at + step, new, mask=writable)
     following = (c_next * out).to(model_input_ptr.dtype.element_ty)
@@ -108,12 +112,14 @@ def solver_step(
     seeds: Tensor,
     ids: Tensor,
     guidance: Tensor,
+    noise: Tensor | None = None,
 ) -> None:
     """One row, in place on x, x0, history and model_input.
 
     x, x0: fp32 [N, C, ...]. m, model_input: fp32, fp16 or bf16 [N, C, ...] or [2N, C, ...]; m may have 2C channels. history: fp32
     [3, N, C, ...] or [0, N, C, ...]. table: fp32 [rows, 16]. row: one int32 or int64, in range like the slots in the table (not
-    checked: that would wait for the device). seeds, ids: int64 [N]. guidance: w, fp32 [N]. All contiguous, apart.
+    checked: that would wait for the device). seeds, ids: int64 [N]. guidance: w, fp32 [N]. noise: z, fp32 of x's shape, or None for
+    the noise stream. All contiguous, apart.
     """
     n, device = len(x), x.device
     channels, *rest = x.shape[1:]
@@ -123,6 +129,7 @@ def solver_step(
         ("history", history, (3 if len(history) else 0, *x.shape)),
         ("table", table, (len(table), 16)),
         ("guidance", guidance, (n,)),
+        ("noise", x if noise is None else noise, x.shape),
     ):
         assert v.shape == shape and v.dtype == torch.float32 and v.is_contiguous() and v.device == device, (
             f"{name} must be contiguous fp32 {list(shape)} on {device}, not {v.dtype} {list(v.shape)} on {v.device}"
@@ -138,7 +145,7 @@ def solver_step(
         numel = x[0].numel()
         with torch.cuda.device_of(x):
             solver_step_kernel[grid(n, numel)](
-                x, x0, m, model_input, history, table, row, seeds, ids, guidance, n,
+                x, x0, m, model_input, history, table, row, seeds, ids, guidance, noise, n,
                 NUMEL=numel, GUIDED=len(m) != n, PAIRED=len(model_input) != n, HISTORY=len(history), VARIANCE=m.shape[1] != channels,
                 PTX=ptx(device), **BLOCK,
             )  # fmt: skip

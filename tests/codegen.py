@@ -91,6 +91,8 @@ def report(kernel: str, arch: int, dtype: str = "fp32", numel: int = 768, **flag
     types |= dict.fromkeys(("m_ptr", "model_input_ptr", "x_t_ptr", "target_ptr", "noise_ptr"), f"*{dtype}")
     if kernel == "add_noise":
         types["x0_ptr"] = f"*{dtype}"
+    if kernel == "scheduler_step":
+        types |= dict.fromkeys(("x_ptr", "x0_ptr", "out_ptr"), f"*{dtype}") | {"rows_ptr": "*i64"}
     compiled = compile_offline(fn, types, constants, arch, options)
     cubin = compiled["cubin"]
     tiles = rf"tt\.(?:load|store) .*tensor<{block['R'] * block['P']}x4x!tt\.ptr<f32>, (#\w+)>"
@@ -101,7 +103,8 @@ def report(kernel: str, arch: int, dtype: str = "fp32", numel: int = 768, **flag
     return {"used": used, "opcodes": dict(opcodes), "per_element": sum(opcodes.values()) / elements, "fp32_layouts": layouts}
 
 
-PLAIN = {"GUIDED": False, "PAIRED": False, "HISTORY": 0, "VARIANCE": False}
+PLAIN = {"GUIDED": False, "PAIRED": False, "HISTORY": 0, "VARIANCE": False, "noise_ptr": None}
+ALONE = dict.fromkeys(("noise_ptr", "seeds_ptr", "ids_ptr", "limit_ptr", "before_ptr", "earlier_ptr")) | {"EACH": False, "VARIANCE": False}
 CASES: dict[str, dict[str, Any]] = {}
 for _arch in (80, 90, 100):
     _step = {"kernel": "solver_step", "arch": _arch} | PLAIN
@@ -115,6 +118,22 @@ for _arch in (80, 90, 100):
         f"add_noise fp32 sm_{_arch}": {"kernel": "add_noise", "arch": _arch} | _made,
     }
 _step = {"kernel": "solver_step", "arch": 90} | PLAIN
+_alone = {"kernel": "scheduler_step", "arch": 90} | ALONE
+
+
+def _but(case: dict[str, Any], *names: str, **changes: Any) -> dict[str, Any]:
+    return {key: value for key, value in case.items() if key not in names} | changes
+
+
+SCHEDULED = {
+    "fp32": _alone,
+    "given fp32": _but(_alone, "noise_ptr"),
+    "given bf16": _but(_alone, "noise_ptr", dtype="bf16"),
+    "stream fp32": _but(_alone, "seeds_ptr", "ids_ptr"),
+    "each fp32": _but(_alone, "noise_ptr", EACH=True),
+    "limit past fp32": _but(_alone, "noise_ptr", "limit_ptr", "before_ptr", "earlier_ptr"),
+    "variance bf16": _but(_alone, "noise_ptr", dtype="bf16", VARIANCE=True),
+}
 CASES |= {
     "solver_step guided bf16 sm_90": _step | {"dtype": "bf16", "GUIDED": True, "PAIRED": True},
     "solver_step 784 fp32 sm_90": _step | {"numel": 784},
@@ -122,9 +141,11 @@ CASES |= {
     "solver_step history fp32 sm_90": _step | {"HISTORY": 3},
     "solver_step history 75 fp32 sm_90": _step | {"numel": 75, "HISTORY": 3},
     "solver_step variance bf16 sm_90": _step | {"dtype": "bf16", "VARIANCE": True},
+    "solver_step given fp32 sm_90": _but(_step, "noise_ptr"),
     "words sm_90": {"kernel": "normal", "arch": 90, "WORDS": True},
     "add_noise bf16 sm_90": {"kernel": "add_noise", "arch": 90, "dtype": "bf16"} | _made,
     "add_noise given fp32 sm_90": {"kernel": "add_noise", "arch": 90} | _given,
+    **{f"scheduler_step {name} sm_90": case for name, case in SCHEDULED.items()},
     "add_noise no target fp32 sm_90": {"kernel": "add_noise", "arch": 90, "target_ptr": None} | _made,
 }
 

@@ -19,6 +19,7 @@ LAYERS = [
     {"loop"},
     {"sampler"},
     {"checkpoint"},
+    {"diffusers"},
     {"__init__", "sample", "train"},
 ]
 ONLY_FOR = {"diffusers": {"diffusers"}, "triton": set(), "kernels": {"ops"}, "matplotlib": {"train"}}

@@ -1,0 +1,715 @@
+"""Drop-ins for diffusers (0.42 and newer): the same classes, calls and images, with every step one fused operation.
+
+    from fastdiff.diffusers import DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler      # instead of: from diffusers import ...
+    pipe = fastdiff.diffusers.accelerate(pipe)                                                    # its loop becomes fastdiff's
+
+The schedulers are subclasses with diffusers' signatures, configs and output classes. With the same inputs and generator they give diffusers'
+results to rounding in fp32 and fp64; fp16 and bf16 are computed in fp32, and so come closer to the exact result than diffusers'. `step` also
+takes a timestep per sample. What has no argument in diffusers is set by `use`: noise from fastdiff's stream, and corrections.
+
+Where diffusers' result is wrong, it is kept unless `use(corrected=True)` asks for the right one:
+
+- All coefficients are formed in fp32 there, where 1 - alpha_bar_t / alpha_bar_s cancels: DDPM's are wrong by some 1e-4 near t = 0.
+- DDIM takes t - T // steps for the timestep before, which for `linspace`, and `trailing` where steps do not divide T, is not the next of the
+  timesteps.
+- DDPM with `fixed_large` adds noise to the final image where the last timestep is not 0 (`trailing`).
+
+These are right in any case, since diffusers gives no usable number: `fixed_large_log` (NaN there) has the variance beta_t; `add_noise` in bf16 and
+fp16 keeps its sigma at small t (0 there, at t <= 2), and leaves the scheduler's own tables where they are; without signal (zero terminal SNR)
+x0 of an epsilon prediction is the sign of x - m, clipped, and never NaN but where they are equal.
+"""
+
+# No `from __future__ import annotations`: signatures are diffusers' own, types and all.
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .noise import column64
+from .reference import STEP_COLUMNS
+
+try:
+    import diffusers
+    from diffusers.schedulers import scheduling_ddim, scheduling_ddpm, scheduling_dpmsolver_multistep
+    from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+    from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+    from diffusers.schedulers.scheduling_utils import SchedulerOutput
+    from diffusers.utils.torch_utils import randn_tensor
+except ImportError as e:
+    raise ImportError(
+        f"fastdiff.diffusers needs diffusers 0.42 or newer; pip install 'fastdiff-torch[diffusers]' ({str(e).splitlines()[0]})"
+    ) from None
+if tuple(int(part) for part in diffusers.__version__.split(".")[:2]) < (0, 42):
+    raise ImportError(
+        f"fastdiff.diffusers needs diffusers 0.42 or newer, and this is {diffusers.__version__}; pip install -U 'fastdiff-torch[diffusers]'"
+    )
+
+__all__ = ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"]
+
+# 1 / alpha where alpha = 0: large enough to make a sign of anything, and finite, so that nothing times it is NaN.
+WITHOUT_SIGNAL = 1e30
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `use` sets. seeds: int64 [N], then each sample is sample 0 of its seed; else sample `first + i` of `seed`."""
+
+    corrected: bool = False
+    counter: bool = False
+    seed: int = 0
+    first: int = 0
+    seeds: Tensor | None = None
+
+
+class _Fused:
+    """What the schedulers have in common: tables of coefficients, made once for a configuration, and one operation that carries a row out."""
+
+    # Whatever the tables depend on: assigning one of these makes them anew.
+    _SOURCES: ClassVar[frozenset[str]] = frozenset(
+        ("alphas_cumprod", "final_alpha_cumprod", "timesteps", "num_inference_steps", "custom_timesteps", "sigmas", "variance_type", "_internal_dict")
+    )  # fmt: skip
+    config: Any
+    alphas_cumprod: Tensor
+    timesteps: Tensor
+    _tables: dict[Hashable, Tensor]
+
+    def _adopt(self) -> None:
+        """The last of a constructor."""
+        self._options = Options()
+        # A pipeline saves under which name its parts are found: those of diffusers, which reads them without fastdiff too.
+        self.__module__ = "diffusers"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _Fused._SOURCES:
+            object.__setattr__(self, "_tables", {})
+        object.__setattr__(self, name, value)
+
+    def use(
+        self,
+        *,
+        corrected: bool = False,
+        noise: str = "generator",
+        seed: int = 0,
+        first: int = 0,
+        seeds: Sequence[int] | Tensor | None = None,
+    ) -> Any:
+        """Set what diffusers has no argument for, and return the scheduler; what is not given goes back to diffusers' way.
+
+        corrected: the right result where diffusers' is wrong (see the module). noise: "generator", torch's, as diffusers draws it, or "counter":
+        where no generator is given, noise from fastdiff's stream, the same on every device and in every batch. Sample i of a batch is then
+        sample `first + i` of `seed`; or, with seeds, one per sample, sample 0 of seeds[i]. The noise of a step at timesteps[i] is row i.
+        ValueError for anything else.
+        """
+        if noise not in ("generator", "counter"):
+            raise ValueError(f'noise is {noise!r}; give "generator", torch\'s, or "counter", fastdiff\'s stream')
+        column = None if seeds is None else column64(seeds, len(seeds))
+        self._options = Options(bool(corrected), noise == "counter" or column is not None, seed, first, column)
+        self._tables = {}
+        return self
+
+    def _columns(self, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Seeds and ids of n samples, int64 [n]."""
+        chosen = self._options
+        key = ("columns", n, device)
+        if key not in self._tables:
+            if chosen.seeds is None:
+                columns = column64(chosen.seed, n), torch.arange(n) + chosen.first
+            elif len(chosen.seeds) == n:
+                columns = chosen.seeds, torch.zeros(n, dtype=torch.int64)
+            else:
+                raise ValueError(f"use() was given {len(chosen.seeds)} seeds for a batch of {n}; give one per sample")
+            self._tables[key] = torch.stack(columns).to(device)
+        both = self._tables[key]
+        return both[0], both[1]
+
+    def _known(self, key: Hashable, dtype: torch.dtype, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        """A table in a dtype and on a device."""
+        if not torch.compiler.is_compiling():
+            versions = tuple(0 if v.is_inference() else v._version for v in (self.alphas_cumprod, self.timesteps))
+            if versions != getattr(self, "_versions", versions):
+                self._tables = {}  # somebody has written into them
+            self._versions = versions
+        place = (key, dtype, device)
+        if place not in self._tables:
+            self._tables[place] = make().to(device, dtype)
+        return self._tables[place]
+
+    def _prepare(self, key: Hashable, make: Callable[[], Tensor]) -> None:
+        """Make what a step in fp32 needs, so that it stands outside of what is compiled."""
+        self._known(key, torch.float32, self.timesteps.device, make)
+        self._known("indices", torch.int64, self.timesteps.device, lambda: torch.arange(self.config.num_train_timesteps))
+        self._host_timesteps()
+
+    def _base(self) -> Tensor:
+        """alpha_bar, [T] on the CPU, in the precision that coefficients are formed in."""
+        base = self.alphas_cumprod.cpu()
+        return base.double() if self._options.corrected else base
+
+    def _whole(self, t: Tensor | float) -> int | None:
+        """A timestep as a number, if that can be told without waiting for a device: it lies on the CPU, or is a view of the timesteps."""
+        if not isinstance(t, Tensor):
+            return int(t)
+        if t.numel() != 1 or torch.compiler.is_compiling():
+            return None
+        if t.device.type == "cpu":
+            return int(t)
+        steps = self.timesteps
+        if t.untyped_storage().data_ptr() == steps.untyped_storage().data_ptr() and t.dtype == steps.dtype:
+            return int(self._host_timesteps()[t.storage_offset() - steps.storage_offset()])
+        return None
+
+    def _host_timesteps(self) -> Tensor:
+        """The timesteps on the CPU, read once."""
+        return self._known("timesteps", torch.int64, torch.device("cpu"), lambda: self.timesteps)
+
+    def _rows(self, t: Tensor | float, n: int, device: torch.device) -> Tensor:
+        """Timesteps as places in a table with one row for each, int64 [1] or [n] on the device. IndexError for one that has none."""
+        total = self.config.num_train_timesteps
+        number = self._whole(t)
+        if number is not None:
+            if not 0 <= number < total:
+                raise IndexError(f"timestep {number} is none of this scheduler's, which are 0 to {total - 1}")
+            return self._known("indices", torch.int64, device, lambda: torch.arange(total))[number : number + 1]
+        assert isinstance(t, Tensor)
+        if t.ndim > 1 or t.numel() not in (1, n):
+            raise ValueError(f"timestep has shape {list(t.shape)} for a batch of {n}; give one for all, or one per sample, [{n}]")
+        return t.reshape(-1).to(device, torch.int64).contiguous()
+
+    def _step(
+        self,
+        m: Tensor,
+        x: Tensor,
+        table: Tensor,
+        rows: Tensor,
+        *,
+        noise: Tensor | None = None,
+        counter: bool = False,
+        threshold: bool = False,
+        before: Tensor | None = None,
+        earlier: Tensor | None = None,
+        wide: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Carry a row out: the sample before, and x0. noise: z, or, with counter, the stream's."""
+        channels = x.shape[1]
+        if m.shape != x.shape and m.shape != (len(x), 2 * channels, *x.shape[2:]):
+            raise ValueError(f"model_output has shape {list(m.shape)} for a sample of {list(x.shape)}; they must be the same")
+        m, x = m.contiguous(), x.contiguous()
+        seeds, ids = self._columns(len(x), x.device) if counter else (None, None)
+        limit = self._limit(m[:, :channels], x, table, rows) if threshold else None
+        before, earlier, noise = (v if v is None else v.contiguous() for v in (before, earlier, noise))
+        arguments = (m, x, table, rows, noise, seeds, ids, limit, before, earlier, wide)
+        if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (m, x, noise, before, earlier)):
+            return reference.scheduler_step(*arguments)
+        result: tuple[Tensor, Tensor] = ops.scheduler_step(*arguments)
+        return result
+
+    def _limit(self, m: Tensor, x: Tensor, table: Tensor, rows: Tensor) -> Tensor:
+        """Dynamic thresholding (Saharia et al. 2022, section 2.3): a quantile of |x0| of each sample, [N], from 1 to `sample_max_value`."""
+        px, pm = table[rows][:, :2].reshape(-1, 2, *[1] * (x.ndim - 1)).unbind(1)
+        size = (px * x + pm * m).flatten(1).abs()
+        limit: Tensor = torch.quantile(size, self.config.dynamic_thresholding_ratio, dim=1).clamp(min=1, max=self.config.sample_max_value)
+        return limit.contiguous()
+
+    def _forward(self, x0: Tensor, noise: Tensor, timesteps: Tensor, table: Callable[[torch.dtype], Tensor]) -> Tensor:
+        """table[t, 0] x0 + table[t, 1] noise."""
+        dtype = torch.promote_types(x0.dtype, noise.dtype)
+        x0, noise = torch.broadcast_tensors(x0, noise)  # type: ignore[no-untyped-call]
+        n = len(x0)
+        t = timesteps.to(x0.device, torch.int64).flatten()
+        t = (t.expand(n) if len(t) != n else t).contiguous()
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        x0, noise, rows = x0.to(dtype).contiguous(), noise.contiguous(), table(exact)
+        if exact == torch.float64:
+            alpha, sigma = rows[t][:, :2].reshape(-1, 2, *[1] * (x0.ndim - 1)).unbind(1)
+            return alpha * x0 + sigma * noise
+        add = reference.add_noise if torch.is_grad_enabled() and (x0.requires_grad or noise.requires_grad) else ops.add_noise
+        result: Tensor = add(x0, t, rows, noise, None, None, None, False)[0]
+        return result
+
+
+class _ByTimestep(_Fused):
+    """DDPM and DDIM: a row for each timestep."""
+
+    final_alpha_cumprod: Tensor
+
+    def _signal(self, velocity: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+        def make() -> Tensor:
+            alpha_bar = self.alphas_cumprod.cpu().to(dtype)
+            alpha, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+            return torch.stack([alpha, -sigma if velocity else sigma, torch.zeros_like(alpha), torch.zeros_like(alpha)], dim=1)
+
+        return self._known(("signal", velocity), dtype, device, make)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: torch.IntTensor) -> Tensor:
+        """q(x_t | x_0) (Ho et al. 2020, equation 4): sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise.
+
+        original_samples, noise: [N, ...], any float dtype. timesteps: integers, [N] or of one element.
+        """
+        return self._forward(
+            original_samples, noise, timesteps, lambda dtype: self._signal(False, dtype, original_samples.device)
+        )  # fmt: skip
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: torch.IntTensor) -> Tensor:
+        """v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x_0 (Salimans & Ho 2022, appendix D); shapes as of `add_noise`."""
+        return self._forward(noise, sample, timesteps, lambda dtype: self._signal(True, dtype, sample.device))
+
+    def _walk(self) -> tuple[Tensor, Tensor]:
+        """Timesteps that a step may start at, and where it goes, -1 for the image; int64."""
+        raise NotImplementedError
+
+    def _predicted(self, alpha_bar: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """px, pm of x0 = px x + pm m, and ex, em of epsilon = ex x + em m, fp64."""
+        alpha, sigma = (alpha_bar**0.5).double(), ((1 - alpha_bar) ** 0.5).double()
+        none, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+        kind = self.config.prediction_type
+        if kind == "epsilon":
+            inverse = torch.where(alpha == 0, WITHOUT_SIGNAL, 1 / alpha)
+            return inverse, -sigma * inverse, none, one
+        if kind == "sample":
+            return none, one, 1 / sigma, -alpha / sigma
+        if kind == "v_prediction":
+            return alpha, -sigma, sigma, alpha
+        raise ValueError(f"prediction_type given as {kind} must be one of `epsilon`, `sample` or `v_prediction`")
+
+    @property
+    def _clip(self) -> float:
+        """The bound of x0, where it is the same for all samples."""
+        if self.config.thresholding:
+            return 1.0 if self.config.sample_max_value == 1 else float("inf")
+        return float(self.config.clip_sample_range) if self.config.clip_sample else float("inf")
+
+    @property
+    def _dynamic(self) -> bool:
+        """Whether a sample's own quantile bounds its x0; with sample_max_value 1 the quantile is always 1."""
+        return bool(self.config.thresholding and self.config.sample_max_value != 1)
+
+    def _by_timestep(self, t: Tensor, after: Tensor, columns: dict[str, Tensor | float]) -> Tensor:
+        """[T, 11] of columns [len(t)]. Without a row of its own a timestep is NaN. row: the place of t in the timesteps, or beyond."""
+        total = self.config.num_train_timesteps
+        steps = self.timesteps.cpu().long().flip(0)
+        place = torch.arange(total, 2 * total)
+        place[steps] = torch.arange(len(steps)).flip(0)  # of several places the first
+        columns = {**columns, "row": place[t]}
+        table = torch.full((total, len(STEP_COLUMNS)), torch.nan, dtype=torch.float64)
+        values = [torch.as_tensor(columns.get(name, 0.0), dtype=torch.float64).expand(len(t)) for name in STEP_COLUMNS]
+        table[t.flip(0)] = torch.stack(values, dim=1).flip(0)
+        return table
+
+
+class DDPMScheduler(_ByTimestep, scheduling_ddpm.DDPMScheduler):  # type: ignore[misc]
+    """diffusers' DDPMScheduler, ancestral sampling (Ho et al. 2020, algorithm 2), with a fused step. See `use` and the module."""
+
+    @functools.wraps(scheduling_ddpm.DDPMScheduler.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._adopt()
+
+    def _walk(self) -> tuple[Tensor, Tensor]:
+        if self.custom_timesteps or self.num_inference_steps:
+            t = self.timesteps.cpu().long()
+            return t, torch.cat([t[1:], torch.tensor([-1])])
+        t = torch.arange(self.config.num_train_timesteps)
+        return t, t - 1
+
+    def set_timesteps(  # type: ignore[no-untyped-def]
+        self,
+        num_inference_steps: int = None,  # type: ignore[assignment]
+        device: str | torch.device = None,  # type: ignore[assignment]
+        timesteps: list[int] | None = None,
+    ):
+        """Choose the timesteps, by number and `timestep_spacing`, or falling ones of one's own; the coefficients go to the device with them."""
+        super().set_timesteps(num_inference_steps, device, timesteps)
+        self._prepare(("rows",), self._table)
+
+    def _table(self) -> Tensor:
+        t, after = self._walk()
+        base, variance_type = self._base(), self.variance_type
+        now, then = base[t], torch.where(after >= 0, base[after.clamp(min=0)], 1.0)
+        # As diffusers forms them, in its order, for in fp32 another order is another number.
+        left, kept = 1 - now, now / then
+        beta = 1 - kept
+        small = torch.clamp((1 - then) / left * beta, min=1e-20)
+        log_s: Tensor | float = 0.0
+        if variance_type == "fixed_small":
+            s = small**0.5
+        elif variance_type == "fixed_small_log":
+            s = torch.exp(0.5 * torch.log(small))
+        elif variance_type in ("fixed_large", "fixed_large_log"):
+            s = beta**0.5
+        elif variance_type == "learned_range":  # log variance = (1 + v) / 2 log beta + (1 - v) / 2 log small
+            s, log_s = torch.exp((torch.log(beta) + torch.log(small)) / 4), (torch.log(beta) - torch.log(small)) / 4
+        else:  # "learned": sqrt(v), in step
+            s = torch.ones_like(beta)
+        s = torch.where((t > 0) & (after >= 0) if self._options.corrected else t > 0, s, 0.0)
+        px, pm, _, _ = self._predicted(now)
+        columns: dict[str, Tensor | float] = {
+            "px": px, "pm": pm, "clip": self._clip, "a": kept**0.5 * (1 - then) / left, "b": then**0.5 * beta / left, "s": s, "log_s": log_s
+        }  # fmt: skip
+        return self._by_timestep(t, after, columns)
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int,
+        sample: torch.Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> DDPMSchedulerOutput | tuple:  # type: ignore[type-arg]
+        """x_t to the timestep before (Ho et al. 2020, equation 7), in one fused operation.
+
+        model_output: [N, C, ...], or of 2C channels with a learned variance. timestep: a number, a tensor of one, or int64 [N], one per sample.
+        sample: x_t, [N, C, ...]. Returns prev_sample and pred_original_sample, in the inputs' dtype. Noise is drawn as diffusers draws it,
+        where t > 0; of a timestep that only the device knows, always when compiled or per sample, and else it is waited for, as there.
+        IndexError for a timestep that the scheduler has none of.
+        """
+        n, channels, device = len(sample), sample.shape[1], sample.device
+        learned = self.variance_type in ("learned", "learned_range")
+        if learned != (model_output.shape[1] == 2 * channels):
+            wanted = 2 * channels if learned else channels
+            raise ValueError(
+                f"with variance_type {self.variance_type!r} model_output must have {wanted} channels, not {model_output.shape[1]}"
+            )
+        number = self._whole(timestep)
+        if number is None and isinstance(timestep, Tensor) and timestep.numel() == 1 and not torch.compiler.is_compiling():
+            number = int(timestep)
+        rows = self._rows(timestep if number is None else number, n, device)
+        dtype = torch.promote_types(model_output.dtype, sample.dtype)
+        table = self._known(("rows",), torch.float64 if dtype == torch.float64 else torch.float32, device, self._table)
+        if number is not None and (self.custom_timesteps or self.num_inference_steps) and not (self._host_timesteps() == number).any():
+            raise IndexError(f"timestep {number} is none of the {len(self.timesteps)} that set_timesteps has chosen")
+        noisy = number is None or number > 0
+        counter = noisy and generator is None and self._options.counter
+        z = None
+        if noisy and not counter:
+            shape = (n, channels, *model_output.shape[2:])
+            z = randn_tensor(shape, generator=generator, device=device, dtype=model_output.dtype)
+        if self.variance_type == "learned" and noisy:
+            if z is None:
+                seeds, ids = self._columns(n, device)
+                z = ops.normal(seeds, ids, table[rows, -1].long(), sample[0].numel()).reshape(sample.shape)
+            z, counter = z * model_output[:, channels:] ** 0.5, False
+        before, x0 = self._step(model_output, sample, table, rows, noise=z, counter=counter, threshold=self._dynamic)
+        if not return_dict:
+            return before, x0
+        return DDPMSchedulerOutput(prev_sample=before, pred_original_sample=x0)
+
+
+class DDIMScheduler(_ByTimestep, scheduling_ddim.DDIMScheduler):  # type: ignore[misc]
+    """diffusers' DDIMScheduler (Song et al. 2021), with a fused step. See `use` and the module."""
+
+    @functools.wraps(scheduling_ddim.DDIMScheduler.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._adopt()
+
+    def _walk(self) -> tuple[Tensor, Tensor]:
+        t = torch.arange(self.config.num_train_timesteps)
+        after = t - self.config.num_train_timesteps // self.num_inference_steps
+        if self._options.corrected:
+            steps = self.timesteps.cpu().long()
+            after[steps] = torch.cat([steps[1:], torch.tensor([-1])])
+        return t, after
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device = None):  # type: ignore[no-untyped-def, assignment]
+        """Choose the timesteps by number and `timestep_spacing`; the coefficients, of eta 0, go to the device with them."""
+        super().set_timesteps(num_inference_steps, device)
+        self._prepare(("rows", 0.0, False), lambda: self._table(0.0, False))
+
+    def _table(self, eta: float, clipped: bool) -> Tensor:
+        t, after = self._walk()
+        base = self._base()
+        now, then = base[t], torch.where(after >= 0, base[after.clamp(min=0)], self.final_alpha_cumprod.cpu().to(base.dtype))
+        left = 1 - now
+        s = eta * ((1 - then) / left * (1 - now / then)) ** 0.5
+        rest = ((1 - then - s**2) ** 0.5).double()  # of epsilon
+        px, pm, ex, em = self._predicted(now)
+        columns: dict[str, Tensor | float] = {"px": px, "pm": pm, "clip": self._clip, "s": s, "b": (then**0.5).double()}
+        if clipped:
+            alpha, sigma = (now**0.5).double(), (left**0.5).double()
+            columns |= {"a": rest / sigma, "b": columns["b"] - rest * alpha / sigma}
+        else:
+            columns |= {"a": rest * ex, "d": rest * em}
+        return self._by_timestep(t, after, columns)
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int,
+        sample: torch.Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: torch.Generator | None = None,
+        variance_noise: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DDIMSchedulerOutput | tuple:  # type: ignore[type-arg]
+        """x_t to the timestep before (Song et al. 2021, equations 12 and 16), in one fused operation.
+
+        model_output, sample: [N, C, ...]. timestep: a number, a tensor of one, or int64 [N], one per sample. Returns prev_sample and
+        pred_original_sample, in the inputs' dtype. ValueError before `set_timesteps`, and for both a generator and variance_noise.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError("Number of inference steps is 'None', you need to run 'set_timesteps' after creating the scheduler")
+        n, device = len(sample), sample.device
+        dtype = torch.promote_types(model_output.dtype, sample.dtype)
+        eta, clipped = float(eta), bool(use_clipped_model_output)
+        table = self._known(
+            ("rows", eta, clipped), torch.float64 if dtype == torch.float64 else torch.float32, device, lambda: self._table(eta, clipped)
+        )  # fmt: skip
+        z, counter = None, False
+        if eta > 0:
+            if variance_noise is not None and generator is not None:
+                raise ValueError(
+                    "Cannot pass both generator and variance_noise. Please make sure that either `generator` or `variance_noise` stays `None`."
+                )
+            counter = variance_noise is None and generator is None and self._options.counter
+            if not counter:
+                z = variance_noise
+                if z is None:
+                    z = randn_tensor(model_output.shape, generator=generator, device=device, dtype=model_output.dtype)
+                z = z.expand(sample.shape)
+        before, x0 = self._step(
+            model_output, sample, table, self._rows(timestep, n, device), noise=z, counter=counter, threshold=self._dynamic
+        )  # fmt: skip
+        if not return_dict:
+            return before, x0
+        return DDIMSchedulerOutput(prev_sample=before, pred_original_sample=x0)
+
+
+class DPMSolverMultistepScheduler(_Fused, scheduling_dpmsolver_multistep.DPMSolverMultistepScheduler):  # type: ignore[misc]
+    """diffusers' DPMSolverMultistepScheduler (Lu et al. 2022, "DPM-Solver++"; orders 1 to 3), with a fused step. See `use` and the module.
+
+    fp64 stays fp64, where diffusers goes through fp32. Before `set_timesteps`, `add_noise` has the schedule upside down in diffusers (the noise of
+    timestep 0 is that of T - 1); corrected=True puts it right.
+    """
+
+    _step_index: Any
+
+    @functools.wraps(scheduling_dpmsolver_multistep.DPMSolverMultistepScheduler.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._adopt()
+
+    def set_timesteps(  # type: ignore[no-untyped-def]
+        self,
+        num_inference_steps: int = None,  # type: ignore[assignment]
+        device: str | torch.device = None,  # type: ignore[assignment]
+        mu: float | None = None,
+        timesteps: list[int] | None = None,
+    ):
+        """Choose the timesteps, by number and the config's spacing, or of one's own; the coefficients go to the device with them."""
+        super().set_timesteps(num_inference_steps, device, mu, timesteps)
+        self._known("places", torch.int64, self.timesteps.device, self._places)
+        if not self._converted:
+            self._prepare(("rows", False), lambda: self._table(False))
+
+    @property
+    def _converted(self) -> bool:
+        """Whether x0 is bounded sample by sample, and the noise estimate then taken from it: in diffusers' own operations."""
+        return bool(self.config.thresholding and not self.config.algorithm_type.endswith("++"))
+
+    @property
+    def step_index(self) -> int | None:
+        """How many of the timesteps lie behind; None before the first step."""
+        index = self._step_index
+        return int(index) if isinstance(index, Tensor) else index
+
+    def _places(self) -> Tensor:
+        """Where a loop that begins at a timestep begins, int64 [T]: its place in the timesteps, of several the second, of none the last."""
+        steps = self.timesteps.cpu().long()
+        same = steps == torch.arange(self.config.num_train_timesteps)[:, None]
+        second = same & (same.cumsum(1) == 2)
+        place = torch.where(second.any(1), second.int().argmax(1), same.int().argmax(1))
+        return torch.where(same.any(1), place, len(steps) - 1)
+
+    def _table(self, converted: bool) -> Tensor:
+        """Rows of every place, for 0, 1, ... outputs to look back on: [order, steps, 11] as [order * steps, 11]."""
+        config, n = self.config, len(self.timesteps)
+        levels = self.sigmas.cpu()
+        if self._options.corrected:
+            levels = levels.double()
+        alpha, sigma = self._sigma_to_alpha_sigma_t(levels)
+        log_snr = torch.log(alpha) - torch.log(sigma)
+        # The level of each step's start and end, and of the two starts before.
+        i = torch.arange(n)
+        (al, sg, lg), (al_, sg_, lg_) = ([v[place] for v in (alpha, sigma, log_snr)] for place in (i, i + 1))
+        h = lg_ - lg
+        r0, r1 = (lg - log_snr[i - 1]) / h, (log_snr[i - 1] - log_snr[i - 2]) / h
+        kind, solver_type = config.algorithm_type, config.solver_type
+        plus, noisy = kind.endswith("++"), kind.startswith("sde")
+        zero = torch.zeros_like(h)
+        # Weights of x, of D0 and of the noise; then of D1 at second order; then of D1 and D2 at third.
+        if kind == "dpmsolver++":
+            falling = torch.exp(-h) - 1.0
+            x, d0, s = sg_ / sg, -(al_ * falling), zero
+            second = -0.5 * (al_ * falling) if solver_type == "midpoint" else al_ * (falling / h + 1.0)
+            third = al_ * (falling / h + 1.0), -(al_ * ((falling + h) / h**2 - 0.5))
+        elif kind == "dpmsolver":
+            rising = torch.exp(h) - 1.0
+            x, d0, s = al_ / al, -(sg_ * rising), zero
+            second = -0.5 * (sg_ * rising) if solver_type == "midpoint" else -(sg_ * (rising / h - 1.0))
+            third = -(sg_ * (rising / h - 1.0)), -(sg_ * ((rising - h) / h**2 - 0.5))
+        elif kind == "sde-dpmsolver++":
+            gone = 1 - torch.exp(-2.0 * h)
+            x, d0, s = sg_ / sg * torch.exp(-h), al_ * gone, sg_ * torch.sqrt(gone)
+            bend = al_ * (gone / (-2.0 * h) + 1.0)
+            second = 0.5 * (al_ * gone) if solver_type == "midpoint" else bend
+            third = bend, al_ * ((gone - 2.0 * h) / (2.0 * h) ** 2 - 0.5)
+        else:
+            rising = torch.exp(h) - 1.0
+            x, d0, s = al_ / al, -2.0 * (sg_ * rising), sg_ * torch.sqrt(torch.exp(2 * h) - 1.0)
+            second = -(sg_ * rising) if solver_type == "midpoint" else -2.0 * (sg_ * (rising / h - 1.0))
+            third = zero + torch.nan, zero + torch.nan
+        if not noisy:
+            s = zero
+        # D1 = (m0 - m1) / r0, or by three outputs; D2 their bend.
+        q = r0 / (r0 + r1)
+        near = torch.stack([1 / r0, -1 / r0, zero])
+        bend_of = torch.stack([1 / r0, -1 / r0 - 1 / r1, 1 / r1])
+        weights = torch.stack(
+            [
+                torch.stack([d0, zero, zero]),
+                torch.stack([d0, zero, zero]) + second * near,
+                torch.stack([d0, zero, zero]) + third[0] * (near + q * bend_of) + third[1] * (1 / (r0 + r1)) * bend_of,
+            ]
+        )  # [order, m0 m1 m2, n]
+        last = (i == n - 1) & (config.euler_at_final or (config.lower_order_final and n < 15) or config.final_sigmas_type == "zero")
+        last_but_one = (i == n - 2) & (config.lower_order_final and n < 15)
+        px, pm = self._converts(al, sg, levels[:-1], plus, converted)
+        clip = 1.0 if plus and config.thresholding and config.sample_max_value == 1 else float("inf")
+        parts = []
+        for behind in range(config.solver_order):
+            order = torch.full((n,), min(config.solver_order, behind + 1))
+            order = torch.where(last, 1, torch.where(last_but_one, order.clamp(max=2), order))
+            b, c, earlier = weights[order - 1, :, i].unbind(1)
+            columns = {"px": px, "pm": pm, "clip": clip, "a": x, "b": b, "c": c, "h": earlier, "s": s, "row": i}
+            values = [torch.as_tensor(columns.get(name, 0.0), dtype=torch.float64).expand(n) for name in STEP_COLUMNS]
+            parts.append(torch.stack(values, dim=1))
+        return torch.cat(parts)
+
+    def _converts(self, alpha: Tensor, sigma: Tensor, level: Tensor, plus: bool, converted: bool) -> tuple[Tensor, Tensor]:
+        """px, pm of what the solver integrates: x0 (DPM-Solver++) or epsilon (DPM-Solver), fp64."""
+        kind = self.config.prediction_type
+        alpha, sigma, level = alpha.double(), sigma.double(), level.double()
+        none, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+        if converted:
+            return none, one
+        known = {"epsilon": (none, one), "sample": (1 / sigma, -alpha / sigma), "v_prediction": (sigma, alpha)}
+        if plus:
+            known = {
+                "epsilon": (1 / alpha, -sigma / alpha),
+                "sample": (none, one),
+                "v_prediction": (alpha, -sigma),
+                "flow_prediction": (one, -level),
+            }
+        if kind not in known:
+            names = ", ".join(f"`{name}`" for name in known)
+            raise ValueError(f"prediction_type given as {kind} must be one of {names} for the DPMSolverMultistepScheduler.")
+        return known[kind]
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | None = None,
+        variance_noise: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple:  # type: ignore[type-arg]
+        """x to the next of the timesteps, in one fused operation.
+
+        model_output, sample: [N, C, ...]; of a model that says its variance, in as many channels more, the first C are taken. timestep: a number or
+        a tensor of one, where the loop begins, after which the scheduler counts; or int64 [N], one per sample, all after as many steps. Returns
+        prev_sample in the inputs' dtype. ValueError before `set_timesteps`, IndexError after the last step.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError("Number of inference steps is 'None', you need to run 'set_timesteps' after creating the scheduler")
+        n, device, config, steps = len(sample), sample.device, self.config, len(self.timesteps)
+        each = isinstance(timestep, Tensor) and timestep.numel() > 1
+        if self._step_index is None and not each:
+            self._begin(timestep, device)
+        behind = min(self.lower_order_nums, config.solver_order - 1)
+        index = self._step_index
+        if each:
+            rows = self._known("places", torch.int64, device, self._places)[self._rows(timestep, n, device)] + behind * steps
+        elif isinstance(index, Tensor):
+            rows = index + behind * steps
+        elif index >= steps:
+            raise IndexError(f"all {steps} steps are done; set_timesteps begins anew")
+        else:
+            place = behind * steps + index
+            rows = self._known("rows", torch.int64, device, lambda: torch.arange(config.solver_order * steps))[place : place + 1]
+        converted = self._converted
+        m = model_output
+        if converted:
+            m = self.convert_model_output(m, sample=sample)
+        dtype = torch.promote_types(m.dtype, sample.dtype)
+        table = self._known(
+            ("rows", converted), torch.float64 if dtype == torch.float64 else torch.float32, device, lambda: self._table(converted)
+        )  # fmt: skip
+        z, counter = None, False
+        if config.algorithm_type.startswith("sde"):
+            counter = variance_noise is None and generator is None and self._options.counter
+            if variance_noise is not None:
+                z = variance_noise.to(device=device).expand(sample.shape)
+            elif not counter:
+                z = randn_tensor(sample.shape, generator=generator, device=device, dtype=torch.float32)
+        outputs = self.model_outputs
+        before, x0 = self._step(
+            m, sample, table, rows, noise=z, counter=counter, wide=True,
+            threshold=bool(config.thresholding and not converted and config.sample_max_value != 1),
+            before=outputs[-1] if behind > 0 else None, earlier=outputs[-2] if behind > 1 else None,
+        )  # fmt: skip
+        self.model_outputs = [*outputs[1:], x0]
+        self.lower_order_nums = min(self.lower_order_nums + 1, config.solver_order)
+        if not each:
+            self._step_index = self._step_index + 1
+        if not return_dict:
+            return (before,)
+        return SchedulerOutput(prev_sample=before)
+
+    def _begin(self, timestep: int | Tensor, device: torch.device) -> None:
+        """Find the first place of a loop; compiled, it stays on the device."""
+        if self._begin_index is not None:
+            self._step_index = self._begin_index
+        elif torch.compiler.is_compiling() and isinstance(timestep, Tensor):
+            places = self._known("places", torch.int64, device, self._places)
+            self._step_index = places[timestep.reshape(1).to(device, torch.int64)]
+        else:
+            number = self._whole(timestep)
+            self._init_step_index(timestep if number is None else number)
+
+    def index_for_timestep(self, timestep: int | torch.Tensor, schedule_timesteps: torch.Tensor | None = None) -> int:
+        """The place of a timestep in the schedule: of several the second, so that a loop from the middle skips none, and of none the last."""
+        if schedule_timesteps is None and not isinstance(timestep, Tensor):
+            schedule_timesteps = self._host_timesteps()
+        return int(super().index_for_timestep(timestep, schedule_timesteps))
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: torch.IntTensor) -> Tensor:
+        """alpha x_0 + sigma noise at the levels of the timesteps, or, in a loop that has begun or has a begin index, at its level.
+
+        original_samples, noise: [N, ...], any float dtype. timesteps: [N].
+        """
+        device = original_samples.device
+        at = self._begin_index if self._step_index is None else self._step_index
+        if self._begin_index is None:
+            at = None
+
+        def levels(dtype: torch.dtype) -> Tensor:
+            def make() -> Tensor:
+                sigmas = self.sigmas.cpu().to(dtype)
+                if self._options.corrected and self.num_inference_steps is None:
+                    sigmas = sigmas.flip(0)
+                alpha, sigma = self._sigma_to_alpha_sigma_t(sigmas)
+                both = torch.stack([alpha, sigma, torch.zeros_like(alpha), torch.zeros_like(alpha)], dim=1)
+                return both if at is not None else both[self._places()]
+
+            return self._known(("levels", at is not None), dtype, device, make)
+
+        if at is not None:
+            index = at if isinstance(at, Tensor) else torch.tensor([at], device=device)
+            timesteps = index.expand(timesteps.shape[0])  # type: ignore[assignment]
+        return self._forward(original_samples, noise, timesteps, levels)
