@@ -21,19 +21,29 @@ x0 of an epsilon prediction is the sign of x - m, clipped, and never NaN but whe
 
 # No `from __future__ import annotations`: signatures are diffusers' own, types and all.
 import functools
+import logging
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import ops, reference
 from .noise import column64
-from .reference import STEP_COLUMNS
+from .reference import COLUMNS, SLOTS, STEP_COLUMNS
+from .sampler import AUTO_ROWS, Sampler
+from .schedules import Schedule
+from .solvers import Table
 
 try:
     import diffusers
+    from diffusers.models.unets.unet_2d import UNet2DModel
+    from diffusers.pipelines.ddim import pipeline_ddim
+    from diffusers.pipelines.ddpm import pipeline_ddpm
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
     from diffusers.schedulers import scheduling_ddim, scheduling_ddpm, scheduling_dpmsolver_multistep
     from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
     from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
@@ -48,7 +58,17 @@ if tuple(int(part) for part in diffusers.__version__.split(".")[:2]) < (0, 42):
         f"fastdiff.diffusers needs diffusers 0.42 or newer, and this is {diffusers.__version__}; pip install -U 'fastdiff-torch[diffusers]'"
     )
 
-__all__ = ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"]
+__all__ = [
+    "DDIMPipeline",
+    "DDIMScheduler",
+    "DDPMPipeline",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "accelerate",
+    "unaccelerate",
+]
+
+logger = logging.getLogger(__name__)
 
 # 1 / alpha where alpha = 0: large enough to make a sign of anything, and finite, so that nothing times it is NaN.
 WITHOUT_SIGNAL = 1e30
@@ -143,6 +163,29 @@ class _Fused:
         self._known(key, torch.float32, self.timesteps.device, make)
         self._known("indices", torch.int64, self.timesteps.device, lambda: torch.arange(self.config.num_train_timesteps))
         self._host_timesteps()
+
+    def _plan(self, eta: float = 0.0, clipped: bool = False) -> Table | None:
+        """The timesteps as a table of the loop's, or None where the loop has no such rows."""
+        raise NotImplementedError
+
+    def _draws(self, eta: float = 0.0) -> list[bool]:
+        """Whether the step at each timestep draws noise."""
+        raise NotImplementedError
+
+    def _loop_table(self, rows: Tensor, learned: bool = False) -> Table:
+        """A scheduler's rows [R, 11], fp64, as a loop's [R, 16]."""
+        named = dict(zip(STEP_COLUMNS, rows.cpu().numpy().T, strict=True))
+        n, at = len(rows), np.arange(len(rows))
+        out = {name: named.get(name, np.zeros(n)) for name in COLUMNS}
+        out["c_next"], out["slot"] = np.ones(n), np.full(n, -1.0)
+        if named["h"].any():  # x0 of two rows before
+            out["slot"], out["save_x0"] = at % SLOTS, np.ones(n)
+            for slot in range(SLOTS):
+                out[f"h{slot}"] = np.where((at - 2) % SLOTS == slot, named["h"], 0.0)
+        t = self._host_timesteps().numpy()
+        alpha_bar = np.append(self.alphas_cumprod.cpu().double().numpy()[t.clip(max=len(self.alphas_cumprod) - 1)], 1.0)
+        levels = np.sqrt(np.stack([alpha_bar, 1 - alpha_bar], axis=1))
+        return Table(type(self).__name__, t, np.stack([out[name] for name in COLUMNS], axis=1), levels, learned=learned)
 
     def _base(self) -> Tensor:
         """alpha_bar, [T] on the CPU, in the precision that coefficients are formed in."""
@@ -275,6 +318,9 @@ class _ByTimestep(_Fused):
             return alpha, -sigma, sigma, alpha
         raise ValueError(f"prediction_type given as {kind} must be one of `epsilon`, `sample` or `v_prediction`")
 
+    def _timestep_plan(self, table: Tensor, learned: bool = False) -> Table | None:
+        return None if self._dynamic else self._loop_table(table[self._host_timesteps()], learned)
+
     @property
     def _clip(self) -> float:
         """The bound of x0, where it is the same for all samples."""
@@ -324,6 +370,14 @@ class DDPMScheduler(_ByTimestep, scheduling_ddpm.DDPMScheduler):  # type: ignore
         """Choose the timesteps, by number and `timestep_spacing`, or falling ones of one's own; the coefficients go to the device with them."""
         super().set_timesteps(num_inference_steps, device, timesteps)
         self._prepare(("rows",), self._table)
+
+    def _plan(self, eta: float = 0.0, clipped: bool = False) -> Table | None:
+        if self.variance_type == "learned":
+            return None
+        return self._timestep_plan(self._table(), self.variance_type == "learned_range")
+
+    def _draws(self, eta: float = 0.0) -> list[bool]:
+        return [t > 0 for t in self._host_timesteps().tolist()]
 
     def _table(self) -> Tensor:
         t, after = self._walk()
@@ -419,6 +473,12 @@ class DDIMScheduler(_ByTimestep, scheduling_ddim.DDIMScheduler):  # type: ignore
         super().set_timesteps(num_inference_steps, device)
         self._prepare(("rows", 0.0, False), lambda: self._table(0.0, False))
 
+    def _plan(self, eta: float = 0.0, clipped: bool = False) -> Table | None:
+        return self._timestep_plan(self._table(eta, clipped))
+
+    def _draws(self, eta: float = 0.0) -> list[bool]:
+        return [eta > 0] * len(self.timesteps)
+
     def _table(self, eta: float, clipped: bool) -> Tensor:
         t, after = self._walk()
         base = self._base()
@@ -505,6 +565,17 @@ class DPMSolverMultistepScheduler(_Fused, scheduling_dpmsolver_multistep.DPMSolv
         self._known("places", torch.int64, self.timesteps.device, self._places)
         if not self._converted:
             self._prepare(("rows", False), lambda: self._table(False))
+
+    def _plan(self, eta: float = 0.0, clipped: bool = False) -> Table | None:
+        steps, order = len(self.timesteps), self.config.solver_order
+        bounded = self.config.thresholding and self.config.sample_max_value != 1
+        if self._converted or bounded or self.config.variance_type is not None:
+            return None
+        at = torch.arange(steps)
+        return self._loop_table(self._table(False)[at.clamp(max=order - 1) * steps + at])
+
+    def _draws(self, eta: float = 0.0) -> list[bool]:
+        return [self.config.algorithm_type.startswith("sde")] * len(self.timesteps)
 
     @property
     def _converted(self) -> bool:
@@ -713,3 +784,273 @@ class DPMSolverMultistepScheduler(_Fused, scheduling_dpmsolver_multistep.DPMSolv
             index = at if isinstance(at, Tensor) else torch.tensor([at], device=device)
             timesteps = index.expand(timesteps.shape[0])  # type: ignore[assignment]
         return self._forward(original_samples, noise, timesteps, levels)
+
+
+_SCHEDULERS: dict[type, type] = {
+    scheduling_ddpm.DDPMScheduler: DDPMScheduler,
+    scheduling_ddim.DDIMScheduler: DDIMScheduler,
+    scheduling_dpmsolver_multistep.DPMSolverMultistepScheduler: DPMSolverMultistepScheduler,
+}
+
+
+def _ours(scheduler: Any) -> Any:
+    """The fused scheduler of the same class and config, where there is one; else the scheduler itself."""
+    ours = _SCHEDULERS.get(type(scheduler))
+    return scheduler if ours is None else ours.from_config(scheduler.config)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `accelerate` was asked for."""
+
+    dtype: torch.dtype | None = None
+    compile: bool | str = "auto"
+    micro_batch: int | str = "auto"
+
+
+class _Draws:
+    """The noise of a loop, drawn from torch's generators as diffusers draws it; from the first row again where a loop starts again."""
+
+    def __init__(
+        self, shape: tuple[int, ...], generator: Any, device: torch.device, dtype: torch.dtype, draws: Sequence[bool]
+    ) -> None:  # fmt: skip
+        self.draw = functools.partial(randn_tensor, shape, generator=generator, device=device, dtype=dtype)
+        self.draws, self.device = draws, device
+        self.generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+        self.states = self._states()
+
+    def _states(self) -> list[Tensor]:
+        if self.generators:
+            return [generator.get_state() for generator in self.generators]
+        return [torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()]
+
+    def __call__(self, row: int) -> Tensor | None:
+        if row == 0:
+            if self.generators:
+                for generator, state in zip(self.generators, self.states, strict=True):
+                    generator.set_state(state)
+            elif self.device.type == "cuda":
+                torch.cuda.set_rng_state(self.states[0], self.device)
+            else:
+                torch.set_rng_state(self.states[0])
+        return self.draw() if self.draws[row] else None
+
+
+class _Owned:
+    """A pipeline of a UNet2DModel whose loop is fastdiff's."""
+
+    unet: Any
+    scheduler: Any
+    _settings: Settings = Settings()
+    _samplers: dict[Hashable, Sampler]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes its own samplers."""
+        return {name: value for name, value in self.__dict__.items() if name != "_samplers"}
+
+    def _sampler(self, n: int, table: Table) -> Sampler | None:
+        """The sampler for n images, or None where diffusers' own loop does as well."""
+        unet, settings, device = self.unet, self._settings, self._execution_device  # type: ignore[attr-defined]
+        dtype = settings.dtype or unet.dtype
+        # What an offloading hook, a wrapper or a double network wants, the loop does not know of.
+        if not isinstance(unet, UNet2DModel) or hasattr(unet, "_hf_hook") or device.type not in AUTO_ROWS:
+            return None
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16) or unet.config.class_embed_type is not None:
+            return None
+        size = settings.micro_batch
+        if size == "auto":
+            # One image to a core is all that a loop of micro-batches can do on a CPU; with fewer, the cores share an image.
+            threads = torch.get_num_threads() if device.type == "cpu" else 1
+            if n < threads:
+                return None
+            size = min(math.ceil(n / threads), AUTO_ROWS[device.type])
+        key = (id(unet), device, dtype, settings, size, tuple(p._version for p in unet.parameters() if not p.is_inference()))
+        known = self.__dict__.setdefault("_samplers", {})
+        if key not in known:
+            while len(known) >= 4:
+                known.pop(next(iter(known)))
+            embeddings = unet.config.num_class_embeds
+            sides = unet.config.sample_size
+            shape = (unet.config.in_channels, *((sides, sides) if isinstance(sides, int) else sides))
+            known[key] = Sampler(
+                unet, Schedule.from_alphas_cumprod(self.scheduler.alphas_cumprod), shape, solver=table, device=device, dtype=dtype,
+                num_classes=None if embeddings is None else embeddings - 1, compile=settings.compile, micro_batch=size,
+            )  # fmt: skip
+        sampler: Sampler = known.pop(key)
+        known[key] = sampler  # the last one used stands last
+        return sampler
+
+    def _sample(
+        self,
+        n: int,
+        generator: Any,
+        steps: int,
+        output_type: str | None,
+        return_dict: bool,
+        class_labels: Any,
+        callback: Callable[[int, Tensor], None] | None,
+        eta: float = 0.0,
+        clipped: bool = False,
+    ) -> Any:
+        """The call, or None where diffusers' own loop has to do it."""
+        scheduler, device = self.scheduler, self._execution_device  # type: ignore[attr-defined]
+        table = None
+        if isinstance(scheduler, _Fused) and n > 0:
+            scheduler.set_timesteps(steps)  # type: ignore[attr-defined]
+            table = scheduler._plan(eta, clipped)
+        sampler = None if table is None else self._sampler(n, table)
+        if table is None or sampler is None:
+            if class_labels is not None or callback is not None:
+                raise ValueError("class_labels and callback need fastdiff's loop, and this pipeline runs in diffusers' own; see the log")
+            return None
+        if (self.unet.config.num_class_embeds is None) != (class_labels is None):
+            raise ValueError("class_labels go with a UNet that has class embeddings (num_class_embeds): give both or neither")
+        options = scheduler._options
+        call: dict[str, Any] = {"labels": class_labels, "callback": callback, "progress": lambda total: self.progress_bar(total=total)}  # type: ignore[attr-defined]
+        shape, dtype = (n, *sampler.shape), self.unet.dtype
+        if generator is None and options.counter:
+            call |= {"seed": options.seed, "first": options.first} if options.seeds is None else {"seeds": options.seeds}
+        else:
+            call["latents"] = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+            draws = scheduler._draws(eta)
+            if any(draws):
+                noise_dtype = torch.float32 if isinstance(scheduler, DPMSolverMultistepScheduler) else dtype
+                call["noise"] = _Draws(shape, generator, device, noise_dtype, draws)
+        made = (sampler(n, solver=table, **call) / 2 + 0.5).clamp(0, 1)
+        image: Any = made.to(dtype) if output_type == "pt" else made.cpu().permute(0, 2, 3, 1).numpy()
+        if output_type == "pil":
+            image = self.numpy_to_pil(image)  # type: ignore[attr-defined]
+        self.maybe_free_model_hooks()  # type: ignore[attr-defined]
+        return ImagePipelineOutput(images=image) if return_dict else (image,)
+
+
+class DDPMPipeline(_Owned, pipeline_ddpm.DDPMPipeline):
+    """diffusers' DDPMPipeline with fastdiff's schedulers and loop; what `accelerate` makes of one. See `accelerate`."""
+
+    def __init__(self, unet: UNet2DModel, scheduler: scheduling_ddpm.DDPMScheduler):
+        super().__init__(unet, _ours(scheduler))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int = 1000,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        *,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        callback: Callable[[int, Tensor], None] | None = None,
+    ) -> ImagePipelineOutput | tuple:  # type: ignore[type-arg]
+        """Images, as diffusers returns them. class_labels: a class, or [batch_size]. callback(row, x0): after every row, with the guess of x_0."""
+        result = self._sample(batch_size, generator, num_inference_steps, output_type, return_dict, class_labels, callback)
+        if result is None:
+            result = super().__call__(batch_size, generator, num_inference_steps, output_type, return_dict)
+        return result  # type: ignore[no-any-return]
+
+
+class DDIMPipeline(_Owned, pipeline_ddim.DDIMPipeline):
+    """diffusers' DDIMPipeline with fastdiff's scheduler and loop; what `accelerate` makes of one. See `accelerate`.
+
+    diffusers' constructor makes a DDIMScheduler of its own from whatever scheduler it is given, by its config. This one keeps a fastdiff
+    scheduler as it is, options of `use` and all, and makes a fastdiff DDIMScheduler of any other.
+    """
+
+    def __init__(self, unet: UNet2DModel, scheduler: scheduling_ddim.DDIMScheduler):
+        super().__init__(unet, scheduler)  # type: ignore[arg-type]
+        self.scheduler = scheduler if isinstance(scheduler, DDIMScheduler) else _ours(self.scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        eta: float = 0.0,
+        num_inference_steps: int = 50,
+        use_clipped_model_output: bool | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        *,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        callback: Callable[[int, Tensor], None] | None = None,
+    ) -> ImagePipelineOutput | tuple:  # type: ignore[type-arg]
+        """Images, as diffusers returns them. class_labels: a class, or [batch_size]. callback(row, x0): after every row, with the guess of x_0."""
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"{len(generator)} generators were given for a batch of {batch_size}; give one per image")
+        result = None
+        if isinstance(self.scheduler, DDIMScheduler) and 0 <= eta <= 1:
+            result = self._sample(
+                batch_size, generator, num_inference_steps, output_type, return_dict, class_labels, callback, eta, bool(use_clipped_model_output)
+            )  # fmt: skip
+        if result is None:
+            result = super().__call__(batch_size, generator, eta, num_inference_steps, use_clipped_model_output, output_type, return_dict)
+        return result  # type: ignore[no-any-return]
+
+
+def accelerate(
+    pipe: DiffusionPipeline, *, dtype: torch.dtype | None = None, compile: bool | str = "auto", micro_batch: int | str = "auto"
+) -> DiffusionPipeline:
+    """Make a pipeline fast, in place, and return it: the same call, images and return as before. `unaccelerate` undoes it.
+
+    A DDPMPipeline or DDIMPipeline, or one of a class derived from them that leaves their `__call__` as it is, gets fastdiff's loop: all rows of
+    a micro-batch in CUDA graphs where noise is not asked of a generator, row by row where it is, so that the images are those of before from
+    the same generator. With `pipe.scheduler.use(noise="counter")` and no generator the noise is made within the graphs. Its call also takes
+    class_labels and callback. dtype: what the network computes in, default its own; torch.bfloat16 is faster on CUDA, and near the same
+    images. compile, micro_batch: as `Sampler`'s, but a micro-batch is by default as large as the batch, up to what suits the device. A network
+    that gives numbers that are not finite is an error.
+
+    In any other pipeline, its own loop stays: a scheduler that fastdiff has is swapped, and the UNet is compiled (on CUDA, or with
+    compile=True). What was done is logged by the logger "fastdiff.diffusers", and is the text `pipe.accelerated`.
+    ValueError for what is no diffusers pipeline.
+    """
+    if not isinstance(pipe, DiffusionPipeline):
+        raise ValueError(f"accelerate takes a pipeline of diffusers, not {type(pipe).__name__}; for a network alone, see fastdiff.Sampler")
+    if "_before" in pipe.__dict__:
+        unaccelerate(pipe)
+    cls, unet, scheduler = type(pipe), getattr(pipe, "unet", None), getattr(pipe, "scheduler", None)
+    before: dict[str, Any] = {"class": cls, "scheduler": scheduler, "strides": []}
+    done = []
+    if isinstance(unet, nn.Module):
+        before["strides"] = [(p, p.stride()) for p in unet.parameters() if p.ndim == 4]
+        unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if (swapped := _ours(scheduler)) is not scheduler:
+        pipe.scheduler = swapped
+        done.append(f"its {type(scheduler).__name__} is fastdiff's")
+    elif scheduler is not None and not isinstance(scheduler, _Fused):
+        done.append(f"its {type(scheduler).__name__} stays, since fastdiff has none")
+    owned = next((ours for ours in (DDPMPipeline, DDIMPipeline) if cls.__call__ is ours.__mro__[2].__call__), None)
+    if isinstance(pipe, _Owned) or owned is not None:
+        if owned is not None:
+            pipe.__class__ = owned if cls is owned.__mro__[2] else type(cls.__name__, (owned, cls), {"__module__": cls.__module__})
+        pipe._settings = Settings(dtype, compile, micro_batch)
+        done.insert(0, "its loop is fastdiff's")
+    else:
+        done.insert(0, "its own loop stays")
+        on_cuda = isinstance(unet, nn.Module) and next(unet.parameters()).device.type == "cuda"
+        if isinstance(unet, nn.Module) and (compile is True or (compile == "auto" and on_cuda)):
+            unet.compile()
+            before["compiled"] = unet
+            done.append("its UNet is compiled")
+        elif isinstance(unet, nn.Module):
+            done.append("its UNet is not compiled (compile=True does it on a CPU)")
+    pipe.__dict__["_before"] = before
+    pipe.accelerated = f"{cls.__name__}: " + "; ".join(done)
+    logger.log(logging.INFO if owned is not None else logging.WARNING, "%s", pipe.accelerated)
+    return pipe
+
+
+def unaccelerate(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """Undo `accelerate`, in place, and return the pipeline. A scheduler that was put in since stays. ValueError for one that is not accelerated."""
+    before = pipe.__dict__.pop("_before", None)
+    if before is None:
+        raise ValueError("this pipeline is not accelerated; fastdiff.diffusers.accelerate does it")
+    if isinstance(pipe.scheduler, _Fused) and not isinstance(before["scheduler"], _Fused):
+        pipe.scheduler = before["scheduler"]
+    pipe.__class__ = before["class"]
+    for p, stride in before["strides"]:  # of 1 x 1 convolutions too, where they decide which code runs, and so how it rounds
+        p.data = torch.empty_strided(p.shape, stride, dtype=p.dtype, device=p.device).copy_(p.data)
+    if "compiled" in before:
+        before["compiled"]._compiled_call_impl = None
+    for name in ("accelerated", "_settings", "_samplers"):
+        pipe.__dict__.pop(name, None)
+    return pipe

@@ -52,7 +52,7 @@ Guide = Callable[[State], Tensor]
 
 class Kind(NamedTuple):
     """What a step depends on that is not a value in a buffer. capacity: rows that the tables hold. guide and threshold work on x0 outside the
-    fused update."""
+    fused update. given: the noise of a row is put into a buffer before it, rather than made in it."""
 
     size: int
     guided: bool
@@ -62,6 +62,7 @@ class Kind(NamedTuple):
     painted: bool = False
     threshold: float | None = None
     guide: Guide | None = None
+    given: bool = False
 
 
 class Network:
@@ -144,6 +145,7 @@ class Loop:
         self.x = torch.zeros(self.size, *self.shape, device=device)
         self.x0 = torch.zeros_like(self.x)
         self.history = self.x.new_zeros(SLOTS if kind.history else 0, *self.x.shape)
+        self.z = torch.zeros_like(self.x) if kind.given else None
         self.model_input = torch.zeros(rows, *self.shape, device=device, dtype=engine.dtype)
         # Also without classes the table of conditions is looked up by a label, 0.
         self.labels = torch.zeros(rows, device=device, dtype=torch.int64)
@@ -176,13 +178,7 @@ class Loop:
 
         x is noise from the stream, or start * latents; with images alpha images + sigma noise of the first level, or, not noisy, alpha images.
         """
-        pad = torch.arange(self.size, device=self.x.device).clamp(max=len(ids) - 1)
-        self.seeds.copy_(seeds[pad])
-        self.ids.copy_(ids[pad])
-        self.guidance.copy_(guidance[pad])
-        if self.labelled and labels is not None:
-            self.labels[: self.size].copy_(labels[pad])
-            self.labels[self.size :].fill_(self.engine.network.num_classes or 0)
+        pad = self._take(seeds, ids, labels, guidance)
         self.row.zero_()
         z = self._normal(self.start) if latents is None else latents[pad].float()
         alpha, sigma = self.engine.levels[0].unbind(0)
@@ -193,10 +189,48 @@ class Loop:
         else:
             self.x.copy_(alpha * images[pad].float())
         if known is not None and mask is not None:
-            self.known.copy_(known[pad])
-            self.mask.copy_(mask[pad])
+            self._cover(known[pad], mask[pad])
             self.x.lerp_(alpha * self.known + sigma * z, self.mask)
         self._feed(self.engine.scale)
+
+    def resume(
+        self,
+        seeds: Tensor,
+        ids: Tensor,
+        labels: Tensor | None,
+        guidance: Tensor,
+        *,
+        state: tuple[Tensor, Tensor, Tensor],
+        row: int,
+        scale: float,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> None:
+        """Take samples up where they were before a row. state: x, x0 [n, *shape] and history [slots, n, *shape]. scale: c_in of that row."""
+        pad = self._take(seeds, ids, labels, guidance)
+        x, x0, history = state
+        self.x.copy_(x[pad])
+        self.x0.copy_(x0[pad])
+        self.history.copy_(history[:, pad])
+        self.row.fill_(row)
+        if known is not None and mask is not None:
+            self._cover(known[pad], mask[pad])
+        self._feed(scale)
+
+    def _take(self, seeds: Tensor, ids: Tensor, labels: Tensor | None, guidance: Tensor) -> Tensor:
+        """Whose samples these are: up to `size` columns, filled up with the last. Returns where each place's column is."""
+        pad = torch.arange(self.size, device=self.x.device).clamp(max=len(ids) - 1)
+        self.seeds.copy_(seeds[pad])
+        self.ids.copy_(ids[pad])
+        self.guidance.copy_(guidance[pad])
+        if self.labelled and labels is not None:
+            self.labels[: self.size].copy_(labels[pad])
+            self.labels[self.size :].fill_(self.engine.network.num_classes or 0)
+        return pad
+
+    def _cover(self, known: Tensor, mask: Tensor) -> None:
+        self.known.copy_(known)
+        self.mask.copy_(mask)
 
     def _normal(self, counter: Tensor) -> Tensor:
         z: Tensor = ops.normal(self.seeds, self.ids, counter, self.x[0].numel())
@@ -222,7 +256,7 @@ class Loop:
         if kind.guide is not None or kind.threshold is not None:
             m = self._reshaped(m, guided)
         ops.solver_step(
-            self.x, self.x0, m, self.model_input, self.history, engine.table, self.row, self.seeds, self.ids, self.guidance
+            self.x, self.x0, m, self.model_input, self.history, engine.table, self.row, self.seeds, self.ids, self.guidance, self.z
         )  # fmt: skip
         if kind.painted:
             self._paint()

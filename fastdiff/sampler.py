@@ -42,6 +42,10 @@ KEPT = 4
 Callback = Callable[[int, Tensor], None]
 # After a row: row, first image, the one after the last, and the loop that they are in.
 Watch = Callable[[int, int, int, Loop], None]
+# The noise of a row, [n, *shape], or None for none.
+Noise = Callable[[int], Tensor | None]
+# A progress bar of so many steps.
+Bar = Callable[[int], Any]
 
 
 class Trajectory(NamedTuple):
@@ -66,6 +70,7 @@ class _Job(NamedTuple):
     names: Callable[[int], str]
     watch: Watch | None
     alone: bool
+    noise: Noise | None
 
 
 class Sampler:
@@ -74,14 +79,14 @@ class Sampler:
     model: a torch.nn.Module; x is [rows, *shape] in `dtype`, t [rows], labels int64 [rows] with `num_classes` as the null class. t is int64, or
     fp32 where the solver looks between timesteps. It returns a tensor of x's shape (or of twice its channels, with a learned variance), or
     something with that in `.sample`. prediction: what it returns, "epsilon", "v", "x0", "flow" or "edm". solver, steps and `options` (spacing,
-    eta, variance, ...): see `fastdiff.solvers`. clip: x_0 is clamped to [-clip, clip], None for not. threshold: dynamic thresholding at that
-    quantile (0.995, say) instead; it sorts every image in every row, outside the fused update. device, dtype: default where the model's
-    parameters are, and fp32 on the CPU, bf16 on CUDA; where they differ from the model's own, a copy is sampled from, of the weights as they
-    are now. compile: "auto" takes what `measure` has found to be the fastest here, else compiles on CUDA and runs eagerly on the CPU;
-    compiled code for the CPU has the weights built in, as they were at the first call. micro_batch: images worked on at a time, "auto" for the device's
-    best, halved when memory runs out. All work is done in micro-batches of one shape, the last one filled up, so an image depends on its
-    seed and id, not on how many are made with it. On the CPU each core runs its own micro-batches on one thread, so it does not depend on
-    the number of threads either.
+    eta, variance, ...): see `fastdiff.solvers`; a `solvers.Table` as solver is taken as it is. clip: x_0 is clamped to [-clip, clip], None for
+    not. threshold: dynamic thresholding at that quantile (0.995, say) instead; it sorts every image in every row, outside the fused update.
+    device, dtype: default where the model's parameters are, and fp32 on the CPU, bf16 on CUDA; where they differ from the model's own, a copy
+    is sampled from, of the weights as they are now. compile: "auto" takes what `measure` has found to be the fastest here, else compiles on
+    CUDA and runs eagerly on the CPU; compiled code for the CPU has the weights built in, as they were at the first call. micro_batch: images
+    worked on at a time, "auto" for the device's best, halved when memory runs out. All work is done in micro-batches of one shape, the last one
+    filled up, so an image depends on its seed and id, not on how many are made with it. On the CPU each core runs its own micro-batches on one
+    thread, so it does not depend on the number of threads either.
 
     A Sampler may be used from several threads: calls wait for one another. Samplers of their own run at the same time.
 
@@ -94,7 +99,7 @@ class Sampler:
         schedule: Schedule,
         shape: Sequence[int] = (3, 16, 16),
         prediction: str = "epsilon",
-        solver: str = "ddim",
+        solver: str | solvers.Table = "ddim",
         steps: int = 20,
         num_classes: int | None = None,
         clip: float | None = 1.0,
@@ -143,8 +148,13 @@ class Sampler:
         """How the network runs: "eager" or "compiled", and on CUDA whether out of a CUDA graph."""
         return ("compiled" if self.compile else "eager") + (", captured" if self.device.type == "cuda" else "")
 
-    def _table(self, solver: str | None = None, steps: int | None = None, **options: Any) -> solvers.Table:
+    def _table(self, solver: str | solvers.Table | None = None, steps: int | None = None, **options: Any) -> solvers.Table:
         """The rows for a solver and steps of one call, by default the sampler's own, with its options where the solver is its own."""
+        chosen = self.solver if solver is None else solver
+        if isinstance(chosen, solvers.Table):
+            if steps is not None or any(name != "strength" or value != 1 for name, value in options.items()):
+                raise ValueError("solver is a table of rows, which has its steps and options already; give none, or a solver by its name")
+            return chosen
         own = self.options if solver in (None, self.solver) else {}
         if steps is not None or "spacing" in options:
             own = {name: value for name, value in own.items() if name != "timesteps"}
@@ -153,7 +163,7 @@ class Sampler:
         options = {**self._always, **own, **options}
         if "timesteps" not in options:
             options["steps"] = self._steps if steps is None else steps
-        return solvers.table(solver or self.solver, self.schedule, **options)
+        return solvers.table(chosen, self.schedule, **options)
 
     def size(self, guided: bool, n: int | None = None, mixed: bool = False) -> int:
         """Images per micro-batch, for n images, or for many. mixed: guided in some rows only, so that the network is called with half as many, too."""
@@ -291,10 +301,11 @@ class Sampler:
         painted: bool = False,
         threshold: float | None = None,
         guide: Guide | None = None,
+        given: bool = False,
     ) -> Kind:
         fractional = table.timesteps.dtype.kind == "f"
         capacity = max(64, 1 << (len(table) - 1).bit_length())
-        return Kind(size, guided, table.history, fractional, capacity, painted, threshold, guide)
+        return Kind(size, guided, table.history, fractional, capacity, painted, threshold, guide, given)
 
     def _build(self, kind: Kind, table: solvers.Table, guided_rows: Sequence[bool], workers: int) -> Engine:
         """The engine of a kind with the table in it, ready to run."""
@@ -348,9 +359,10 @@ class Sampler:
         strength: float = 1.0,
         known: Tensor | None = None,
         mask: Tensor | None = None,
+        noise: Noise | None = None,
         callback: Callback | None = None,
-        progress: bool = False,
-        solver: str | None = None,
+        progress: bool | Bar = False,
+        solver: str | solvers.Table | None = None,
         steps: int | None = None,
         _watch: Callable[[solvers.Table], Watch] | None = None,
         **options: Any,
@@ -368,8 +380,12 @@ class Sampler:
         SDEdit). known, mask: images and where they are to be kept, 1 or 0, each [n, *shape] or one of [*shape] (the mask also of one channel):
         that region is noised anew from the stream after each row (Lugmayr et al. 2022, RePaint; `resample=10` walks each step ten times).
 
+        noise: a function of the row that returns its noise, of unit variance, [n, *shape], or None where there is none, in place of the stream's; all
+        images then go from row to row together, so their states, not the network's, take memory for all n.
+
         callback(row, x0): after every row of every micro-batch, with its current guess of x_0, fp32 [up to micro_batch, *shape], a buffer that
-        the next row overwrites. progress: a bar with the time left. solver, steps, options: another solver for this call, without a new capture.
+        the next row overwrites. progress: a bar with the time left, or a function that makes one of a number of steps. solver, steps,
+        options: another solver for this call, without a new capture.
 
         ValueError for arguments that do not fit, and for a network whose result is not finite (row and sample are named).
         """
@@ -396,7 +412,7 @@ class Sampler:
             n, table, seed=seed, first=first, seeds=seeds, labels=labels, guidance=guidance, interval=guidance_interval, guide=guide,
             given={"latents": latents, "images": x_start, "known": known, "mask": mask},
             watch=watch if also is not None or callback is not None else None, alone=callback is not None or guide is not None,
-            threshold=self.threshold, progress=progress,
+            threshold=self.threshold, progress=progress, noise=noise,
         )  # fmt: skip
 
     def trajectory(self, n: int, rows: int | Sequence[int] = 8, **call: Any) -> Trajectory:
@@ -490,7 +506,8 @@ class Sampler:
         watch: Watch | None = None,
         alone: bool = False,
         threshold: float | None = None,
-        progress: bool = False,
+        progress: bool | Bar = False,
+        noise: Noise | None = None,
     ) -> Tensor:
         """A call, once its table is made: check the arguments and run them, in smaller micro-batches when memory runs out."""
         _count(n)
@@ -522,10 +539,10 @@ class Sampler:
         with self._lock:
             while True:
                 size = self.size(guided, n, mixed=guided and not all(rows))
-                kind = self._kind(table, guided, size, "known" in columns, threshold, guide)
-                job = _Job(n, table, kind, rows, columns, noisy, names, watch, alone)
+                kind = self._kind(table, guided, size, "known" in columns, threshold, guide, noise is not None)
+                job = _Job(n, table, kind, rows, columns, noisy, names, watch, alone, noise)
                 try:
-                    return self._run(job, out, progress)
+                    return self._run(job, out, progress) if noise is None else self._run_by_row(job, out, progress)
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
                     if size == 1 or not _is_out_of_memory(e):
                         raise
@@ -534,12 +551,83 @@ class Sampler:
                 self._drop(0)
                 warnings.warn(f"out of memory with {size} images at a time; going on with {size // 2}", stacklevel=3)
 
-    def _run(self, job: _Job, out: Tensor, progress: bool) -> Tensor:
+    def _bar(self, steps: int, progress: bool | Bar) -> Any:
+        if callable(progress):
+            return progress(steps)
+        return tqdm(total=steps, unit="step", disable=not progress, leave=False, smoothing=0.1, **calm_bar())
+
+    def _run_by_row(self, job: _Job, out: Tensor, progress: bool | Bar) -> Tensor:
+        """As `_run`, but every image through a row before any goes on to the next, as given noise wants it."""
+        n, size, table = job.n, job.kind.size, job.table
+        assert job.noise is not None
+        starts = range(0, n, size)
+        threads = min(_threads(), len(starts)) if self.device.type == "cpu" and not job.alone else 1
+        engine = self._build(job.kind, table, job.guided_rows, max(threads, 1))
+        x0 = torch.zeros_like(out)
+        history = out.new_zeros(len(engine.loops[0].history), *out.shape)
+        scales = [table.scale, *table.column("c_next")]
+
+        rows, drawn = iter(range(len(table))), list[Tensor | None]()
+
+        def draw() -> None:
+            """The noise of the next row, once all are done with the one before."""
+            row = next(rows)
+            z = job.noise(row)  # type: ignore[misc]
+            if z is not None and (not isinstance(z, Tensor) or z.shape != out.shape):
+                shape = list(z.shape) if isinstance(z, Tensor) else repr(z)
+                raise ValueError(f"noise({row}) is {shape}; it must return a tensor of {list(out.shape)}, or None")
+            drawn[:] = [None if z is None else z.to(self.device)]
+            bar.update(1 if row else 0)
+
+        def work(loop: Loop, mine: Sequence[int], ready: Callable[[], object]) -> Iterator[None]:
+            for row, guided in enumerate(job.guided_rows):
+                ready()
+                (z,) = drawn
+                for start in mine:
+                    through(loop, start, row, guided, z)
+                yield
+
+        def through(loop: Loop, start: int, row: int, guided: bool, z: Tensor | None) -> None:
+            stop = min(start + size, n)
+            part: dict[str, Any] = {name: column[start:stop] for name, column in job.columns.items()}
+            names = (part.pop("seeds"), part.pop("ids"), part.pop("labels", None), part.pop("guidance"))
+            if row == 0:
+                loop.begin(*names, noisy=job.noisy, **part)
+            elif len(starts) > 1:
+                state = out[start:stop], x0[start:stop], history[:, start:stop]
+                painted = {name: part[name] for name in ("known", "mask") if name in part}
+                loop.resume(*names, state=state, row=row, scale=float(scales[row]), **painted)
+            assert loop.z is not None
+            if z is None:
+                loop.z.zero_()
+            else:
+                loop.z[: stop - start].copy_(z[start:stop])
+            loop.advance(guided, 1)
+            if job.watch is not None:
+                job.watch(row, start, stop, loop)
+            if len(starts) > 1 or row == len(table) - 1:
+                out[start:stop].copy_(loop.x[: stop - start])
+                x0[start:stop].copy_(loop.x0[: stop - start])
+                history[:, start:stop].copy_(loop.history[:, : stop - start])
+
+        with self._bar(len(table), progress) as bar, _evaluating(self.model), torch.no_grad():
+            if self.device.type == "cuda":
+                with torch.cuda.device(self.device):
+                    collections.deque(work(engine.loops[0], starts, draw), maxlen=0)
+            elif starts:
+                _share_in_step(starts, engine.loops[:threads], work, draw)
+            bar.update()
+        finite = out.isfinite().flatten(1).all(1)
+        if not finite.all():
+            raise ValueError(f"the network gave numbers that are not finite for {job.names(int(finite.int().argmin()))}")
+        return out
+
+    def _run(self, job: _Job, out: Tensor, progress: bool | Bar) -> Tensor:
         n, size, total = job.n, job.kind.size, len(job.table)
         starts = range(0, n, size)
         threads = min(_threads(), len(starts)) if self.device.type == "cpu" and not job.alone else 1
         engine = self._build(job.kind, job.table, job.guided_rows, max(threads, 1))
-        bar = tqdm(total=len(starts) * total, unit="step", disable=not progress, leave=False, smoothing=0.1, **calm_bar())
+        bar = self._bar(len(starts) * total, progress)
 
         def begin(loop: Loop, start: int) -> int:
             stop = min(start + size, n)
@@ -615,7 +703,7 @@ class Sampler:
                 raise ValueError(f"seed is {seed!r} and first is {first!r}; give whole numbers")
             return column64(seed, n), torch.arange(n) + signed(int(first))
         column = column64(seeds, n)
-        if whole(seeds) or column.shape != (n,):
+        if (whole(seeds) and not isinstance(seeds, Tensor)) or column.shape != (n,):
             raise ValueError(f"seeds has shape {list(column.shape)} for {n} images; give one seed per image")
         if seed != 0 or first != 0:
             raise ValueError("give either seeds, one per image, or seed and first")
@@ -770,7 +858,8 @@ def _share(starts: Sequence[int], workers: Sequence[Callable[[int], Iterator[Non
     todo: queue.SimpleQueue[int] = queue.SimpleQueue()
     for start in starts:
         todo.put(start)
-    stop, errors = threading.Event(), []
+    stop = threading.Event()
+    errors: list[BaseException] = []
 
     def loop(work: Callable[[int], Iterator[None]]) -> None:
         try:
@@ -780,7 +869,8 @@ def _share(starts: Sequence[int], workers: Sequence[Callable[[int], Iterator[Non
                         if stop.is_set():
                             return
         except BaseException as e:
-            errors.append(e)
+            # What broke a barrier is the error; that it broke for the others is none.
+            errors.insert(len(errors) if isinstance(e, threading.BrokenBarrierError) else 0, e)
             stop.set()
 
     threads = [threading.Thread(target=loop, args=(work,), daemon=True) for work in workers]
@@ -796,3 +886,23 @@ def _share(starts: Sequence[int], workers: Sequence[Callable[[int], Iterator[Non
                 thread.join()
     if errors:
         raise errors[0]
+
+
+def _share_in_step(
+    starts: Sequence[int],
+    loops: Sequence[Loop],
+    work: Callable[[Loop, Sequence[int], Callable[[], object]], Iterator[None]],
+    between: Callable[[], None],
+) -> None:
+    """As `_share`, but a worker keeps its starts, and all wait for one another before each row, when one of them calls `between`."""
+    barrier = threading.Barrier(len(loops), action=between)
+
+    def watched(i: int, loop: Loop) -> Iterator[None]:
+        try:
+            yield from work(loop, starts[i :: len(loops)], barrier.wait)
+        except BaseException:  # an error, or the end that another's error has brought about
+            barrier.abort()
+            raise
+
+    # Nobody gets past the first row before each has taken an i.
+    _share(range(len(loops)), [functools.partial(lambda loop, i: watched(i, loop), loop) for loop in loops])

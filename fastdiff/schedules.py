@@ -69,7 +69,10 @@ class Schedule:
 
     @staticmethod
     def from_alphas_cumprod(alphas_cumprod: Sequence[float] | np.ndarray | torch.Tensor) -> Schedule:
-        """A schedule from alpha_bar_t itself, [T], falling, in (0, 1]. ValueError where it is not."""
+        """A schedule from alpha_bar_t itself, [T], falling, in (0, 1], and at the last timestep perhaps 0 (zero terminal SNR: Lin et al. 2023).
+
+        ValueError where it is not.
+        """
         if isinstance(alphas_cumprod, torch.Tensor):
             alphas_cumprod = alphas_cumprod.detach().cpu().double().numpy()
         values = np.asarray(alphas_cumprod, dtype=np.float64)
@@ -229,6 +232,8 @@ def _checked(name: str, **params: Any) -> Schedule:
         return schedule
     with np.errstate(all="ignore"):  # what overflows is refused in the next line
         bar = schedule.alphas_cumprod
-    if bar.size == 0 or not (np.isfinite(bar).all() and (bar > 0).all() and (bar <= 1).all() and (np.diff(bar) <= 0).all()):
-        raise ValueError("alphas_cumprod must hold at least one value, lie in (0, 1] and never rise with t")
+    if bar.size == 0 or not (
+        np.isfinite(bar).all() and (bar[:-1] > 0).all() and (bar >= 0).all() and (bar <= 1).all() and (np.diff(bar) <= 0).all()
+    ):
+        raise ValueError("alphas_cumprod must hold at least one value, lie in (0, 1], but the last may be 0, and never rise with t")
     return schedule

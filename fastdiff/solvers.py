@@ -71,7 +71,13 @@ class Grid:
 
     def scale(self, level: Level) -> float:
         """w, where x / w is what moves on a straight line, at time k = sigma / w, while x0 stays: alpha, but 1 in flow matching."""
-        return 1.0 if self.schedule.name == "flow" else level.alpha
+        if self.schedule.name == "flow":
+            return 1.0
+        if not level.alpha:
+            raise ValueError(
+                "this solver steps in sigma / alpha, which is infinite at a timestep without signal; take ddpm, ddim, unipc or a dpmpp_2 or _3 solver"
+            )
+        return level.alpha
 
     def reach(self, i: int, most: int) -> int:
         """How many steps before step i a multistep solver may look back on, up to `most`: those of some length, and not from pure noise."""
@@ -429,7 +435,7 @@ def names() -> list[str]:
     return list(_SOLVERS)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
     """The rows of a solver, [R] of them, one per network evaluation.
 

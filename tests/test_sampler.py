@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, FiniteList, Gaussian, Plain, by_hand, guided, small_network
+from helpers import SMALL, FiniteList, Gaussian, Plain, by_hand, guided, small_checkpoint, small_network
 from torch import nn
 
 from fastdiff import Sampler, Schedule, noise, solvers
@@ -990,3 +990,119 @@ def test_the_start_is_its_own_stream():
     start = noise.normal(0, range(4), 0, SMALL.shape, stream="start")
     step = noise.normal(0, range(4), 0, SMALL.shape, stream="step")
     assert not torch.isclose(start, step).any(1).all()
+
+
+@pytest.mark.parametrize(("solver", "options"), [("ddpm", {}), ("ddim", {"eta": 0.5}), ("dpmpp_3m_sde", {}), ("unipc", {"order": 3})])
+@pytest.mark.parametrize(("n", "micro_batch"), [(5, "auto"), (5, 2), (2, 3), (0, 2)])
+def test_given_noise_is_taken_in_place_of_the_streams(n, micro_batch, solver, options):
+    """The stream's own noise, given, gives the same bits: x, x0 and history of each micro-batch are carried from row to row."""
+    sampler = small_checkpoint().sampler(solver=solver, steps=6, micro_batch=micro_batch, device="cpu", **options)
+    call = {"seed": 3, "labels": 1, "guidance": 2.0}
+    rows, seen = [], []
+
+    def draw(row):
+        rows.append(row)
+        return noise.normal(3, range(n), row, (3, 8, 8)) if sampler.table.column("s")[row] else None
+
+    got = sampler(n, noise=draw, callback=lambda row, x0: seen.append((row, len(x0))), **call)
+    assert torch.equal(got, sampler(n, **call))
+    assert rows == (list(range(6)) if n else []) and [row for row, _ in seen] == sorted(row for row, _ in seen)
+    other = sampler(n, noise=lambda row: torch.zeros(n, 3, 8, 8), **call)
+    assert torch.equal(other, got) == (not sampler.table.column("s").any() or not n)
+
+
+def test_given_noise_and_a_known_region():
+    sampler = small_checkpoint().sampler(solver="ddpm", steps=4, micro_batch=2, device="cpu")
+    known, mask = torch.rand(5, 3, 8, 8) * 2 - 1, (torch.arange(8) < 4).float().expand(1, 8, 8)
+    call = {"seed": 1, "known": known, "mask": mask}
+    got = sampler(5, noise=lambda row: noise.normal(1, range(5), row, (3, 8, 8)), **call)
+    assert torch.equal(got, sampler(5, **call))
+
+
+def test_errors_in_given_noise_stop_all_workers():
+    sampler = small_checkpoint().sampler(solver="ddpm", steps=4, micro_batch=1, device="cpu")
+    with pytest.raises(ValueError, match=r"noise\(2\) is \[5, 3, 8\]; it must return a tensor of \[5, 3, 8, 8\], or None"):
+        sampler(5, noise=lambda row: torch.zeros(5, 3, 8, 8)[..., 0] if row == 2 else None)
+    with pytest.raises(ValueError, match=r"noise\(0\) is 'z'; it must"):
+        sampler(5, noise=lambda row: "z")
+    with pytest.raises(ZeroDivisionError):
+        sampler(5, noise=lambda row: 1 // row)
+
+    def fails(row, x0):
+        raise KeyError(row)
+
+    with pytest.raises(KeyError):
+        sampler(5, noise=lambda row: None, callback=fails)
+    with pytest.raises(ValueError, match="not finite for sample 3"):
+        sampler(5, noise=lambda row: torch.zeros(5, 3, 8, 8).index_fill_(0, torch.tensor([3]), torch.nan))
+
+
+def test_a_table_of_rows_is_a_solver():
+    checkpoint = small_checkpoint()
+    sampler = checkpoint.sampler(solver="dpmpp_2m", steps=5, device="cpu")
+    wanted = sampler(3, seed=1)
+    assert torch.equal(checkpoint.sampler(solver=sampler.table, device="cpu")(3, seed=1), wanted)
+    assert torch.equal(checkpoint.sampler(device="cpu")(3, seed=1, solver=sampler.table), wanted)
+    for call in ({"steps": 4}, {"eta": 0.5}, {"strength": 0.5, "x_start": torch.zeros(3, 8, 8)}):
+        with pytest.raises(ValueError, match="solver is a table of rows, which has its steps and options already"):
+            sampler(3, solver=sampler.table, **call)
+
+
+def test_seeds_in_a_tensor():
+    sampler = small_checkpoint().sampler(steps=2, device="cpu")
+    assert torch.equal(sampler(2, seeds=torch.tensor([5, 2**62])), sampler(2, seeds=[5, 2**62]))
+    with pytest.raises(ValueError, match=r"seeds has shape \[\] for 1 images"):
+        sampler(1, seeds=torch.tensor(5))
+
+
+def test_a_bar_of_ones_own():
+    class Bar:
+        done = 0
+
+        def update(self, n=1):
+            self.done += n
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.closed = True
+
+    for call in ({}, {"noise": lambda row: None}):
+        bars = []
+        small_checkpoint().sampler(steps=4, micro_batch=2, device="cpu")(
+            5, progress=lambda total, b=bars: b.append((Bar(), total)) or b[-1][0], **call
+        )
+        ((bar, total),) = bars
+        assert bar.done == total == (4 if call else 12) and bar.closed
+
+
+ZERO_TERMINAL = ["ddpm", "ddim", "euler", "euler_ancestral", "dpmpp_2s_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "unipc"]
+
+
+@pytest.mark.parametrize("solver", solvers.names())
+def test_a_schedule_that_ends_without_signal(solver):
+    """Zero terminal SNR (Lin et al. 2023, algorithm 1): a network of v that knows its one image leads to it from pure noise."""
+    root = np.sqrt(Schedule.linear(100).alphas_cumprod)
+    schedule = Schedule.from_alphas_cumprod(((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2)
+    assert schedule.alpha[-1] == 0 and schedule.log_snr[-1] == -np.inf and schedule.noise_at(99) == (0.0, 1.0)
+    if solver not in ZERO_TERMINAL:
+        with pytest.raises(ValueError, match="infinite at a timestep without signal"):
+            solvers.table(solver, schedule, steps=6, prediction="v", spacing="trailing")
+        return
+    image = torch.linspace(-1, 1, 48).reshape(1, 3, 4, 4)
+    table = solvers.table(solver, schedule, steps=6, prediction="v", spacing="trailing")
+    assert table.timesteps[0] == 99 and np.isfinite(table.rows[:, 3:]).all()
+
+    class Knows(nn.Module):
+        def forward(self, x, t):
+            k = torch.from_numpy(np.exp(-np.interp(t, np.arange(99), schedule.log_snr[:99]))).where(t < 99, torch.inf)
+            alpha, sigma = (v.float().reshape(-1, 1, 1, 1) for v in ((1 + k**2) ** -0.5, (1 + k**-2) ** -0.5))
+            return (alpha * x - image) / sigma
+
+    sampler = Sampler(Knows(), schedule, shape=(3, 4, 4), prediction="v", solver=table, compile=False, device="cpu")
+    torch.testing.assert_close(sampler(2, seed=1), image.expand(2, -1, -1, -1), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="at pure noise, without signal, epsilon says nothing"):
+        solvers.table(solver, schedule, steps=6, prediction="epsilon", spacing="trailing")
+    with pytest.raises(ValueError, match="needs signal and noise at both ends"):
+        solvers.table(solver, schedule, steps=6, prediction="v", spacing="logsnr")

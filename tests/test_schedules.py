@@ -350,7 +350,7 @@ def test_any_rise_is_refused(values):
         Schedule.from_alphas_cumprod(values)
 
 
-HOLDS = r"alphas_cumprod must hold at least one value, lie in \(0, 1\] and never rise with t"
+HOLDS = r"alphas_cumprod must hold at least one value, lie in \(0, 1\], but the last may be 0, and never rise with t"
 
 
 @pytest.mark.parametrize(
@@ -390,7 +390,8 @@ HOLDS = r"alphas_cumprod must hold at least one value, lie in \(0, 1\] and never
         (lambda: Schedule.from_alphas_cumprod([0.5, math.nan]), HOLDS),
         (lambda: Schedule.from_alphas_cumprod([math.inf, 0.5]), HOLDS),
         (lambda: Schedule.from_alphas_cumprod([1.1, 0.5]), HOLDS),
-        (lambda: Schedule.from_alphas_cumprod(torch.tensor([0.5, 0.0])), HOLDS),
+        (lambda: Schedule.from_alphas_cumprod(torch.tensor([0.5, 0.0, 0.0])), HOLDS),
+        (lambda: Schedule.from_alphas_cumprod([0.5, -0.1]), HOLDS),
         (
             lambda: Schedule.from_alphas_cumprod(np.full((2, 3), 0.5)),
             r"alphas_cumprod has shape \[2, 3\]; give one value per timestep",

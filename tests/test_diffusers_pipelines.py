@@ -1,0 +1,387 @@
+"""accelerate, and the pipelines: the same call, the same images, in fastdiff's loop."""
+
+import copy
+import inspect
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+diffusers = pytest.importorskip("diffusers")
+
+from diffusers.models.unets.unet_2d import UNet2DOutput  # noqa: E402
+
+import fastdiff  # noqa: E402
+import fastdiff.diffusers as ours  # noqa: E402
+from fastdiff import noise  # noqa: E402
+
+# torch 2.13 with numpy 2, in diffusers' own np.array(tensor).
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+
+BASES = {"ddpm": diffusers.DDPMPipeline, "ddim": diffusers.DDIMPipeline}
+OURS = {"ddpm": ours.DDPMPipeline, "ddim": ours.DDIMPipeline}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """diffusers says on stderr that a library to load large models with is missing."""
+    diffusers.utils.logging.set_verbosity_error()
+
+
+def unet(classes=None, out_channels=3, seed=0, sample_size=8):
+    """A small UNet2DModel, quiet enough that rounding grows little on the way."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = diffusers.UNet2DModel(
+            sample_size=sample_size, in_channels=3, out_channels=out_channels, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"), num_class_embeds=classes,
+            attention_head_dim=4,
+        )  # fmt: skip
+        model.conv_out.weight.data *= 0.2
+    return model.eval()
+
+
+def pipeline(kind="ddpm", model=None, scheduler=None, cls=None, **config):
+    scheduler = scheduler or (diffusers.DDPMScheduler if kind == "ddpm" else diffusers.DDIMScheduler)(**config)
+    pipe = (cls or BASES[kind])(model or unet(), scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def images(pipe, n, steps, seed=1, output_type="np", **call):
+    generator = torch.Generator().manual_seed(seed)
+    found = pipe(n, generator=generator, num_inference_steps=steps, output_type=output_type, **call).images
+    return found, generator.get_state()
+
+
+class Sprites(diffusers.UNet2DModel):
+    """The shipped network as a UNet2DModel. A network of random weights would not do: rounding grows a thousandfold in 50 steps of one, in
+    diffusers' loop as in ours, while a denoiser forgets it."""
+
+    def __init__(self):
+        super().__init__(
+            sample_size=16, block_out_channels=(4,), layers_per_block=1, norm_num_groups=1, down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",), add_attention=False,
+        )  # fmt: skip
+        self.network = fastdiff.load("sprites").model
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
+        return UNet2DOutput(sample=self.network(sample, torch.as_tensor(timestep).expand(len(sample)), class_labels))
+
+
+@pytest.mark.parametrize(("kind", "steps", "call"), [("ddpm", 1000, {}), ("ddim", 50, {}), ("ddim", 50, {"eta": 0.7})])
+def test_whole_runs_give_the_same_images_from_the_same_generator(kind, steps, call):
+    """Whole runs in fp32: rounding, over all the steps."""
+    betas = np.interp(np.linspace(0, 499, steps if kind == "ddpm" else 500), np.arange(500), fastdiff.load("sprites").schedule.betas)
+    pipe = pipeline(kind, Sprites(), prediction_type="v_prediction", num_train_timesteps=len(betas), trained_betas=betas.tolist())
+    wanted, state = images(pipe, 2, steps, **call)
+    got, after = images(ours.accelerate(pipe, micro_batch=1), 2, steps, **call)
+    assert np.abs(got - wanted).max() <= 1e-4 and wanted.std() > 0.2
+    assert torch.equal(state, after), "the generator is used as diffusers uses it"
+
+
+CONFIGS = [
+    ("ddpm", {"variance_type": "fixed_large", "timestep_spacing": "trailing"}, {}),
+    ("ddpm", {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, {}),
+    ("ddpm", {"prediction_type": "sample", "clip_sample": False, "beta_schedule": "squaredcos_cap_v2"}, {}),
+    ("ddpm", {"thresholding": True, "sample_max_value": 1.5}, {}),
+    ("ddim", {"prediction_type": "v_prediction", "set_alpha_to_one": False, "steps_offset": 1}, {}),
+    ("ddim", {"clip_sample_range": 2.0, "timestep_spacing": "linspace"}, {"eta": 1.0, "use_clipped_model_output": True}),
+    ("ddim", {"thresholding": True, "sample_max_value": 1.5}, {"eta": 0.3}),
+]
+
+
+@pytest.mark.parametrize(("kind", "config", "call"), CONFIGS)
+@pytest.mark.parametrize("micro_batch", ["auto", 2])
+def test_configurations(kind, config, call, micro_batch):
+    """Thresholding with a limit above 1 runs in diffusers' own loop, with the fused step."""
+    pipe = pipeline(kind, **config)
+    wanted, state = images(pipe, 5, 9, **call)
+    got, after = images(ours.accelerate(pipe, micro_batch=micro_batch), 5, 9, **call)
+    assert np.abs(got - wanted).max() <= 2e-5 and torch.equal(state, after)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"algorithm_type": "sde-dpmsolver++"}, {"solver_order": 3}, {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}],
+)
+def test_other_schedulers_in_a_ddpm_pipeline(config):
+    """Multistep solvers look back on the micro-batch's own x0s, three steps of them at order 3. Nothing is clipped, so rounding grows more."""
+    pipe = pipeline("ddpm", scheduler=diffusers.DPMSolverMultistepScheduler(**config))
+    wanted, state = images(pipe, 5, 17)
+    got, after = images(ours.accelerate(pipe, micro_batch=2), 5, 17)
+    assert np.abs(got - wanted).max() <= 1e-4 and torch.equal(state, after)
+
+
+def test_a_learned_variance():
+    wanted, _ = images(p := pipeline("ddpm", unet(out_channels=6), variance_type="learned_range"), 4, 9)
+    got, _ = images(ours.accelerate(p, micro_batch=2), 4, 9)
+    assert np.abs(got - wanted).max() <= 2e-5
+
+
+def test_a_scheduler_that_fastdiff_has_none_of_stays():
+    scheduler = diffusers.EulerDiscreteScheduler()
+    pipe = pipeline("ddpm", scheduler=scheduler)
+    wanted, _ = images(pipe, 4, 5)
+    got, _ = images(ours.accelerate(pipe), 4, 5)
+    # In channels_last convolutions round otherwise.
+    assert np.abs(got - wanted).max() <= 1e-4 and pipe.scheduler is scheduler
+    assert "EulerDiscreteScheduler stays" in pipe.accelerated
+
+
+def test_a_list_of_generators_and_the_global_one():
+    pipe = pipeline("ddim")
+
+    def both(n):
+        torch.manual_seed(7)
+        drawn = pipe(n, num_inference_steps=5, eta=0.5, output_type="np").images
+        listed = [torch.Generator().manual_seed(i) for i in range(n)]
+        return drawn, pipe(n, listed, num_inference_steps=5, eta=0.5, output_type="np").images, torch.rand(1)
+
+    wanted = both(4)
+    ours.accelerate(pipe, micro_batch=3)
+    for got, expected in zip(both(4), wanted, strict=True):
+        assert abs(got - expected).max() <= 1e-5
+    with pytest.raises(ValueError, match="3 generators were given for a batch of 4"):
+        pipe(4, [torch.Generator()] * 3)
+
+
+def test_without_memory_it_begins_again_with_the_same_noise(monkeypatch):
+    pipe = pipeline("ddim")
+    wanted, state = images(pipe, 8, 4, eta=0.5)
+    ours.accelerate(pipe, micro_batch=4)
+    real, rows = diffusers.UNet2DModel.forward, []
+
+    def scarce(self, sample, *args, **kwargs):
+        rows.append(len(sample))
+        if len(sample) > 2 and len(rows) > 4:
+            raise torch.OutOfMemoryError("no room")
+        return real(self, sample, *args, **kwargs)
+
+    monkeypatch.setattr(diffusers.UNet2DModel, "forward", scarce)
+    with pytest.warns(UserWarning, match="out of memory with 4 images"):
+        got, after = images(pipe, 8, 4, eta=0.5)
+    assert np.abs(got - wanted).max() <= 1e-5 and torch.equal(state, after) and rows[-1] == 2
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "ddim"])
+def test_what_comes_back(kind):
+    pipe = pipeline(kind)
+    plain = {how: images(pipe, 3, 3, output_type=how)[0] for how in ("np", "pt", "pil")}
+    assert ours.accelerate(pipe) is pipe and isinstance(pipe, BASES[kind])
+    for how, wanted in plain.items():
+        got, _ = images(pipe, 3, 3, output_type=how)
+        assert type(got) is type(wanted)
+        if how == "pil":
+            assert all(isinstance(image, Image.Image) and image.size == (8, 8) for image in got)
+            assert max(np.abs(np.asarray(g, int) - np.asarray(w, int)).max() for g, w in zip(got, wanted, strict=True)) <= 1
+        else:
+            assert got.dtype == wanted.dtype and got.shape == wanted.shape and abs(got - wanted).max() <= 1e-5
+    (alone,) = pipe(2, num_inference_steps=2, output_type="np", return_dict=False)
+    assert alone.shape == (2, 8, 8, 3)
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "ddim"])
+def test_the_call_is_diffusers_with_two_more(kind):
+    theirs = inspect.signature(BASES[kind].__call__).parameters
+    mine = inspect.signature(OURS[kind].__call__).parameters
+    assert {name: mine[name] for name in theirs} == dict(theirs)
+    more = [mine[name] for name in mine if name not in theirs]
+    assert [p.name for p in more] == ["class_labels", "callback"] and all(p.kind is p.KEYWORD_ONLY for p in more)
+    assert list(inspect.signature(OURS[kind]).parameters) == list(inspect.signature(BASES[kind]).parameters)
+
+
+def test_class_labels():
+    model = unet(classes=4)
+    pipe = ours.accelerate(pipeline("ddim", model), micro_batch=2)
+    labels = torch.tensor([0, 3, 1, 0, 2])
+    got, _ = images(pipe, 5, 6, class_labels=labels)
+    x = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    scheduler = diffusers.DDIMScheduler()
+    scheduler.set_timesteps(6)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(model(x, t, labels).sample, t, x).prev_sample
+    wanted = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    assert np.abs(got - wanted).max() <= 1e-5
+    one, _ = images(pipe, 5, 6, class_labels=3)
+    assert np.abs(one[1] - wanted[1]).max() <= 1e-5 and np.abs(one[0] - wanted[0]).max() > 1e-3
+    with pytest.raises(ValueError, match="give both or neither"):
+        pipe(4, num_inference_steps=2)
+    with pytest.raises(ValueError, match="give both or neither"):
+        ours.accelerate(pipeline("ddim"))(4, num_inference_steps=2, class_labels=1)
+
+
+def test_callback_and_progress_bar(capsys):
+    pipe = ours.accelerate(pipeline("ddpm"), micro_batch=2)
+    seen = []
+    found, _ = images(pipe, 5, 4, callback=lambda row, x0: seen.append((row, x0.clone())))
+    assert [row for row, _ in seen] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    last = torch.cat([x0 for row, x0 in seen if row == 3])
+    assert np.abs((last / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy() - found).max() <= 1e-6, "the last row ends at x0"
+    pipe.set_progress_bar_config(disable=False, desc="sprites")
+    images(pipe, 4, 4)
+    assert "sprites: 100%" in (text := capsys.readouterr().err) and "4/4" in text
+    with pytest.raises(ValueError, match="need fastdiff's loop"):
+        ours.accelerate(pipeline("ddpm", scheduler=diffusers.EulerDiscreteScheduler()))(4, num_inference_steps=2, callback=print)
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "ddim"])
+def test_noise_from_the_counter(kind):
+    """Images by seed and number: of any batch, on any device, as fastdiff's Sampler makes them."""
+    pipe = ours.accelerate(pipeline(kind))
+    call = {"num_inference_steps": 5, "output_type": "np"} | ({"eta": 1.0} if kind == "ddim" else {})
+    pipe.scheduler.use(noise="counter", seed=3)
+    both = pipe(6, **call).images
+    assert np.array_equal(both, pipe(6, **call).images)
+    pipe.scheduler.use(noise="counter", seed=3, first=4)
+    assert np.abs(pipe(2, **call).images - both[4:]).max() <= 1e-5
+    pipe.scheduler.use(seeds=[3, 9])
+    seeded = pipe(2, **call).images
+    assert np.abs(seeded[0] - both[0]).max() <= 1e-5 and np.abs(seeded[1] - both[1]).max() > 1e-2
+    # The same, step by step.
+    scheduler = ours.DDPMScheduler() if kind == "ddpm" else ours.DDIMScheduler()
+    scheduler.use(noise="counter", seed=3).set_timesteps(5)
+    x = noise.normal(3, range(6), 0, (3, 8, 8), stream="start")
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(pipe.unet(x, t).sample, t, x, **({"eta": 1.0} if kind == "ddim" else {})).prev_sample
+    assert np.abs((x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy() - both).max() <= 1e-5
+    generated, _ = images(pipe, 2, 5)
+    assert np.abs(generated - images(ours.unaccelerate(pipe), 2, 5)[0]).max() <= 1e-5, "a generator that is given is used"
+
+
+def test_weights_that_change_are_seen():
+    pipe = ours.accelerate(pipeline("ddim"))
+    before, _ = images(pipe, 4, 3)
+    with torch.no_grad():
+        pipe.unet.conv_out.bias += 0.5
+    after, _ = images(pipe, 4, 3)
+    plain, _ = images(ours.unaccelerate(pipe), 4, 3)
+    assert np.abs(after - before).max() > 1e-2 and np.abs(after - plain).max() <= 1e-5
+
+
+def test_bf16_on_request_and_half_precision_networks():
+    pipe = pipeline("ddim")
+    wanted, _ = images(pipe, 4, 5)
+    got, _ = images(ours.accelerate(pipe, dtype=torch.bfloat16), 4, 5)
+    error = np.abs(got - wanted).max()
+    assert 1e-5 < error < 0.05, "near, and not the same"
+    assert {p.dtype for p in pipe.unet.parameters()} == {torch.float32}, "the network itself stays as it is"
+    half = ours.accelerate(pipeline("ddim", unet().to(torch.bfloat16)))
+    assert images(half, 4, 5, output_type="pt")[0].dtype == torch.bfloat16
+    double = pipeline("ddim", unet().double())
+    exact, _ = images(double, 4, 5, output_type="pt")
+    torch.testing.assert_close(images(ours.accelerate(double), 4, 5, output_type="pt")[0], exact, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "ddim"])
+def test_unaccelerate_restores_everything(kind):
+    pipe = pipeline(kind)
+    model, scheduler = pipe.unet, pipe.scheduler
+    wanted, _ = images(pipe, 4, 3)
+    ours.accelerate(ours.accelerate(pipe, dtype=torch.bfloat16))
+    assert pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert ours.unaccelerate(pipe) is pipe
+    assert type(pipe) is BASES[kind] and pipe.scheduler is scheduler and pipe.unet is model
+    assert all(p.is_contiguous() for p in model.parameters()) and not hasattr(pipe, "accelerated")
+    assert np.array_equal(images(pipe, 4, 3)[0], wanted)
+    with pytest.raises(ValueError, match="not accelerated"):
+        ours.unaccelerate(pipe)
+    ours.accelerate(pipe)
+    mine = pipe.scheduler = diffusers.DDPMScheduler(num_train_timesteps=10)
+    assert ours.unaccelerate(pipe).scheduler is mine, "a scheduler that was put in since stays"
+
+
+def test_a_class_derived_from_a_pipeline():
+    class Named(diffusers.DDPMPipeline):
+        def extra(self):
+            return "extra"
+
+    class Looped(diffusers.DDPMPipeline):
+        def __call__(self, n):
+            return self.scheduler.step(torch.ones(n, 3, 8, 8), 5, torch.ones(n, 3, 8, 8))
+
+    pipe = ours.accelerate(pipeline("ddpm", cls=Named))
+    assert isinstance(pipe, Named) and isinstance(pipe, ours.DDPMPipeline) and pipe.extra() == "extra" and type(pipe).__name__ == "Named"
+    assert images(pipe, 4, 2)[0].shape == (4, 8, 8, 3)
+    assert type(ours.unaccelerate(pipe)) is Named
+    looped = ours.accelerate(pipeline("ddpm", cls=Looped))
+    assert type(looped) is Looped and isinstance(looped.scheduler, ours.DDPMScheduler)
+    assert looped.accelerated == (
+        "Looped: its own loop stays; its DDPMScheduler is fastdiff's; its UNet is not compiled (compile=True does it on a CPU)"
+    )
+
+
+def test_a_pipeline_whose_loop_is_its_own(caplog):
+    """The scheduler is swapped and the UNet compiled, and it is said."""
+
+    class Guided(diffusers.DiffusionPipeline):
+        def __init__(self, unet, scheduler):
+            super().__init__()
+            self.register_modules(unet=unet, scheduler=scheduler)
+
+        @torch.no_grad()
+        def __call__(self, n, generator):
+            x = torch.randn(n, 3, 8, 8, generator=generator)
+            self.scheduler.set_timesteps(3)
+            for t in self.scheduler.timesteps:
+                x = self.scheduler.step(self.unet(x, t).sample, t, x, generator=generator).prev_sample
+            return x
+
+    pipe = Guided(unet(), diffusers.DDIMScheduler())
+    wanted = pipe(2, torch.Generator().manual_seed(0))
+    with caplog.at_level(logging.INFO, "fastdiff.diffusers"):
+        ours.accelerate(pipe)
+    assert caplog.messages == [pipe.accelerated] and "its own loop stays; its DDIMScheduler is fastdiff's" in pipe.accelerated
+    torch.testing.assert_close(pipe(2, torch.Generator().manual_seed(0)), wanted, rtol=0, atol=1e-5)
+    compiled = []
+    pipe.unet.compile = lambda: compiled.append(1)
+    ours.accelerate(pipe, compile=True)
+    assert compiled == [1] and pipe.accelerated.endswith("its UNet is compiled")
+    assert type(ours.unaccelerate(pipe).scheduler) is diffusers.DDIMScheduler
+
+
+def test_what_is_no_pipeline_is_refused():
+    with pytest.raises(ValueError, match="accelerate takes a pipeline of diffusers, not UNet2DModel"):
+        ours.accelerate(unet())
+
+
+def test_ddim_pipelines_keep_our_scheduler():
+    mine = ours.DDIMScheduler().use(corrected=True)
+    assert ours.DDIMPipeline(unet(), mine).scheduler is mine
+    made = ours.DDIMPipeline(unet(), diffusers.DDPMScheduler(num_train_timesteps=50)).scheduler
+    assert type(made) is ours.DDIMScheduler and made.config.num_train_timesteps == 50
+    assert type(ours.DDPMPipeline(unet(), diffusers.DDPMScheduler()).scheduler) is ours.DDPMScheduler
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "ddim"])
+def test_saved_with_ours_it_loads_with_ours_and_in_plain_diffusers(kind, tmp_path):
+    for i, pipe in enumerate([OURS[kind](unet(), diffusers.DDPMScheduler()), ours.accelerate(pipeline(kind))]):
+        pipe.set_progress_bar_config(disable=True)
+        pipe.save_pretrained(tmp_path / str(i))
+        index = json.loads((tmp_path / str(i) / "model_index.json").read_text())
+        name = type(pipe.scheduler).__name__
+        assert index["_class_name"] == BASES[kind].__name__ and index["scheduler"] == ["diffusers", name]
+        wanted, _ = images(pipe, 4, 3)
+        for cls, scheduler in ((OURS[kind], ours), (BASES[kind], diffusers)):
+            loaded = cls.from_pretrained(tmp_path / str(i))
+            loaded.set_progress_bar_config(disable=True)
+            assert type(loaded.scheduler) is getattr(scheduler, name)
+            assert np.abs(images(loaded, 4, 3)[0] - wanted).max() <= 1e-5
+
+
+def test_a_copy_of_an_accelerated_pipeline_works():
+    pipe = ours.accelerate(pipeline("ddim"))
+    wanted, _ = images(pipe, 4, 3)
+    assert np.array_equal(images(copy.deepcopy(pipe), 4, 3)[0], wanted)
+
+
+def test_a_network_that_is_not_finite_is_an_error():
+    pipe = ours.accelerate(pipeline("ddpm"))
+    pipe.unet.conv_out.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match="not finite for sample 0"):
+        pipe(4, num_inference_steps=3)
