@@ -69,6 +69,7 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+_scheduler_step, _add_noise = ops.direct("scheduler_step"), ops.direct("add_noise")
 
 # 1 / alpha where alpha = 0: large enough to make a sign of anything, and finite, so that nothing times it is NaN.
 WITHOUT_SIGNAL = 1e30
@@ -247,7 +248,7 @@ class _Fused:
         arguments = (m, x, table, rows, noise, seeds, ids, limit, before, earlier, wide)
         if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (m, x, noise, before, earlier)):
             return reference.scheduler_step(*arguments)
-        result: tuple[Tensor, Tensor] = ops.scheduler_step(*arguments)
+        result: tuple[Tensor, Tensor] = _scheduler_step(*arguments)
         return result
 
     def _limit(self, m: Tensor, x: Tensor, table: Tensor, rows: Tensor) -> Tensor:
@@ -269,7 +270,7 @@ class _Fused:
         if exact == torch.float64:
             alpha, sigma = rows[t][:, :2].reshape(-1, 2, *[1] * (x0.ndim - 1)).unbind(1)
             return alpha * x0 + sigma * noise
-        add = reference.add_noise if torch.is_grad_enabled() and (x0.requires_grad or noise.requires_grad) else ops.add_noise
+        add = reference.add_noise if torch.is_grad_enabled() and (x0.requires_grad or noise.requires_grad) else _add_noise
         result: Tensor = add(x0, t, rows, noise, None, None, None, False)[0]
         return result
 

@@ -6,6 +6,7 @@ to torch.compile, which needs no GPU and no Triton to trace them; the kernels ar
 """
 
 # No `from __future__ import annotations`: custom_op reads the annotations to write the schema.
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -139,3 +140,15 @@ def _(*args: Any) -> Any:
 def _(m: Tensor, x: Tensor, table: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     out = x.new_empty(x.shape, dtype=torch.promote_types(m.dtype, x.dtype))
     return out, out.new_empty(x.shape, dtype=table.dtype) if args[-1] else torch.empty_like(out)
+
+
+def direct(name: str) -> Callable[..., Any]:
+    """An op without the dispatcher where its body is all there is to call, eagerly on plain CPU tensors: for a few images, the dispatcher takes
+    longer than the body."""
+    op, body = globals()[name], getattr(reference, name)
+
+    def call(first: Tensor, *rest: Any) -> Any:
+        plain = type(first) is Tensor and first.device.type == "cpu" and not torch.compiler.is_compiling()
+        return (body if plain else op)(first, *rest)
+
+    return call

@@ -166,26 +166,39 @@ def scheduler_step(
     Returns x' and x0, both of x's shape in the wider dtype of m and x; x0 in the table's if `wide`. m, x: [N, C, ...] of any float dtype; m may
     have 2C channels, the second C being v, else v is 0. table: [R, 11], fp32, or fp64 and then all is computed in fp64; the columns of a row
     are STEP_COLUMNS. rows: int64 [1], or [N]. z: noise, of x's shape, or, with seeds and ids, int64 [N], the noise stream at the row that the table
-    names, or 0. limit: [N]. before, earlier: x0 of the step before and of the one before that.
+    names, or 0. limit: [N]. before, earlier: x0 of the step before and of the one before that. A coefficient of 0 may ignore what it weighs.
     """
-    channels, dtype = x.shape[1], torch.promote_types(m.dtype, x.dtype)
-    table = table[rows].reshape(-1, *[1] * (x.ndim - 1), table.shape[1])
-    px, pm, clip, a, b, d, c, h, s, log_s, row = table.unbind(-1)
-    model, v, x = m[:, :channels].to(table.dtype), m[:, channels:].to(table.dtype), x.to(table.dtype)
-    new = px * x + pm * model
+    channels, dtype, exact = x.shape[1], torch.promote_types(m.dtype, x.dtype), table.dtype
+    chosen = table[rows]
+    if len(rows) == 1 and table.device.type == "cpu" and not torch.compiler.is_compiling():
+        # As numbers, a term costs one pass over memory, and none where it is 0.
+        (columns,) = chosen.tolist()
+    else:
+        columns = chosen.reshape(-1, *[1] * (x.ndim - 1), len(STEP_COLUMNS)).unbind(-1)
+    px, pm, clip, a, b, d, c, h, s, log_s, _ = columns
+    model, x = m[:, :channels].to(exact) if m.shape[1] != channels else m.to(exact), x.to(exact)
+    new = _plus(px * x, pm, model)
     if limit is None:
         new = torch.clamp(new, -clip, clip)
     else:
         limit = limit.reshape(-1, *[1] * (x.ndim - 1))
         new = torch.clamp(new, -limit, limit) / limit
-    out = a * x + b * new + d * model
+    out = _plus(_plus(a * x, b, new), d, model)
     if before is not None:
-        out = out + c * before
+        out = _plus(out, c, before)
     if earlier is not None:
-        out = out + h * earlier
+        out = _plus(out, h, earlier)
     if noise is None and seeds is not None and ids is not None and len(x):
-        noise = normal(seeds, ids, row.flatten().long(), x[0].numel()).reshape(x.shape)
+        noise = normal(seeds, ids, chosen[:, -1].long(), x[0].numel()).reshape(x.shape)
     if noise is not None:
-        noise = noise.to(table.dtype)
-        out = out + s * (noise * torch.exp(log_s * v) if v.numel() else noise)
+        if m.shape[1] != channels:
+            noise = noise * torch.exp(log_s * m[:, channels:].to(exact))
+        out = _plus(out, s, noise)
     return out.to(dtype), new if wide else new.to(dtype)
+
+
+def _plus(total: Tensor, c: Tensor | float, v: Tensor) -> Tensor:
+    """total + c v."""
+    if isinstance(c, Tensor):
+        return total + c * v
+    return torch.add(total, v.to(total.dtype), alpha=c) if c else total
