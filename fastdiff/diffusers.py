@@ -16,10 +16,11 @@ Where diffusers' result is wrong, it is kept unless `use(corrected=True)` asks f
 
 These are right in any case, since diffusers gives no usable number: `fixed_large_log` (NaN there) has the variance beta_t; `add_noise` in bf16 and
 fp16 keeps its sigma at small t (0 there, at t <= 2), and leaves the scheduler's own tables where they are; without signal (zero terminal SNR)
-x0 of an epsilon prediction is the sign of x - m, clipped, and never NaN but where they are equal.
+x0 of an epsilon prediction is the sign of x - m, clipped; where they are equal, or there is no clipping, diffusers' is NaN or infinite.
 """
 
 # No `from __future__ import annotations`: signatures are diffusers' own, types and all.
+import contextlib
 import functools
 import logging
 import math
@@ -161,7 +162,8 @@ class _Fused:
 
     def _prepare(self, key: Hashable, make: Callable[[], Tensor]) -> None:
         """Make what a step in fp32 needs, so that it stands outside of what is compiled."""
-        self._known(key, torch.float32, self.timesteps.device, make)
+        with contextlib.suppress(ValueError):  # of a config that has no formula: an error of the step, as in diffusers
+            self._known(key, torch.float32, self.timesteps.device, make)
         self._known("indices", torch.int64, self.timesteps.device, lambda: torch.arange(self.config.num_train_timesteps))
         self._host_timesteps()
 
@@ -634,7 +636,11 @@ class DPMSolverMultistepScheduler(_Fused, scheduling_dpmsolver_multistep.DPMSolv
             rising = torch.exp(h) - 1.0
             x, d0, s = al_ / al, -2.0 * (sg_ * rising), sg_ * torch.sqrt(torch.exp(2 * h) - 1.0)
             second = -(sg_ * rising) if solver_type == "midpoint" else -2.0 * (sg_ * (rising / h - 1.0))
-            third = zero + torch.nan, zero + torch.nan
+            if config.solver_order > 2:
+                raise ValueError(
+                    'algorithm_type "sde-dpmsolver" has no third order; give solver_order=2, or algorithm_type="sde-dpmsolver++"'
+                )
+            third = second, zero
         if not noisy:
             s = zero
         # D1 = (m0 - m1) / r0, or by three outputs; D2 their bend.
