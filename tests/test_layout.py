@@ -13,7 +13,7 @@ PACKAGE = ROOT / "fastdiff"
 
 # A module may import those of the lines above its own, and what its line names of its own.
 LAYERS = [
-    {"schedules", "reference", "files", "data", "unet", "cli", "devices", "winograd"},
+    {"schedules", "reference", "files", "data", "unet", "unet2d", "cli", "devices", "winograd"},
     {"solvers", "ops", "ways"},
     {"noise"},
     {"loop"},

@@ -36,6 +36,23 @@ def solver_step_arguments(n, halves=1, dtype=torch.float32, slots=0, variance=Fa
     return (x, x0, m, model_input, history, table, row, seeds, ids, torch.full((n,), 2.0, device=DEVICE))
 
 
+def given_noise(arguments):
+    return (*arguments, torch.randn_like(arguments[0]))
+
+
+def scheduler_step_arguments(
+    n, dtype=torch.float32, exact=torch.float32, each=True, noise="stream", limit=False, past=0, variance=False, wide=False
+):
+    x = torch.randn(n, *SHAPE, device=DEVICE).to(dtype)
+    m = torch.randn(n, SHAPE[0] * (1 + variance), *SHAPE[1:], device=DEVICE).to(dtype)
+    table = torch.tensor([[1.2, -0.7, 1.0, 0.6, 0.3, 0.2, -0.1, 0.3, 0.5, 0.3, 4.0]] * 6, device=DEVICE, dtype=exact)
+    rows = torch.arange(n, device=DEVICE) % 6 if each else torch.tensor([2], device=DEVICE)
+    seeds, ids, _ = stream(n) if noise == "stream" else (None, None, None)
+    limits = torch.linspace(1, 2, n, device=DEVICE, dtype=exact) if limit else None
+    before, earlier = (torch.randn_like(x, dtype=exact) if past > i else None for i in range(2))
+    return m, x, table, rows, torch.randn_like(x) if noise == "given" else None, seeds, ids, limits, before, earlier, wide
+
+
 CASES = [
     pytest.param(ops.noise_words, lambda: (*stream(3), 5), id="noise_words"),
     pytest.param(ops.normal, lambda: (*stream(3), 25), id="normal"),
@@ -47,6 +64,18 @@ CASES = [
     pytest.param(ops.solver_step, lambda: solver_step_arguments(3, halves=2, dtype=torch.float16), id="solver_step-guided"),
     pytest.param(ops.solver_step, lambda: solver_step_arguments(3, slots=3), id="solver_step-history"),
     pytest.param(ops.solver_step, lambda: solver_step_arguments(3, halves=2, slots=3, variance=True), id="solver_step-variance"),
+    pytest.param(ops.solver_step, lambda: given_noise(solver_step_arguments(3)), id="solver_step-given"),
+    pytest.param(ops.scheduler_step, lambda: scheduler_step_arguments(3), id="scheduler_step"),
+    pytest.param(ops.scheduler_step, lambda: scheduler_step_arguments(3, each=False, noise=None), id="scheduler_step-alone"),
+    pytest.param(
+        ops.scheduler_step,
+        lambda: scheduler_step_arguments(3, dtype=torch.half, noise="given", limit=True, past=2, variance=True, wide=True),
+        id="scheduler_step-half",
+    ),
+    pytest.param(
+        ops.scheduler_step, lambda: scheduler_step_arguments(3, dtype=torch.double, exact=torch.double), id="scheduler_step-double"
+    ),
+    pytest.param(ops.scheduler_step, lambda: scheduler_step_arguments(0), id="scheduler_step-empty"),
     # With slots: opcheck cannot clone a tensor of two sizes of 0 (torch 2.13, clone_input).
     pytest.param(ops.solver_step, lambda: solver_step_arguments(0, slots=3), id="solver_step-empty"),
     pytest.param(ops.solver_step, lambda: solver_step_arguments(0, slots=3, variance=True), id="solver_step-empty-variance"),
@@ -65,7 +94,8 @@ def sampled(x, x0, m, model_input, history, table, row, seeds, ids, guidance):
     noisy, target = ops.add_noise(x, ids % 6, table[:, :4].contiguous(), None, seeds, ids, row, True)
     x = x * 1.5
     ops.solver_step(x, x0, m, model_input, history, table, row, seeds, ids, guidance)
-    return words, x + 1, x0, model_input, history * 2, noisy, target
+    before, guess = ops.scheduler_step(x0, x * 2, table[:, :11].contiguous(), ids % 6, None, seeds, ids, None, x0, None, True)
+    return words, x + 1, x0, model_input, history * 2, noisy, target, before, guess
 
 
 @pytest.mark.parametrize(("slots", "variance"), [(0, False), (3, True)])
