@@ -18,8 +18,11 @@ from .sampler import Sampler
 from .schedules import Schedule
 from .solvers import PREDICTIONS
 from .unet import UNet, UNetConfig
+from .unet2d import UNet2D, UNet2DConfig
 
 FORMAT = 1
+# Networks by the "kind" in their settings; where there is none it is a UNet.
+NETWORKS: dict[str, tuple[Any, Any]] = {"UNet": (UNetConfig, UNet), "UNet2DModel": (UNet2DConfig, UNet2D)}
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -31,7 +34,7 @@ class CheckpointError(ValueError):
 class Checkpoint:
     """A network with what it was trained for. prediction: "epsilon", "v" or "x0". record: how it was trained, plain JSON values."""
 
-    model: UNet
+    model: UNet | UNet2D
     schedule: Schedule
     prediction: str = "epsilon"
     classes: tuple[str, ...] = ()
@@ -57,7 +60,7 @@ class Checkpoint:
         """Write the checkpoint, atomically; weights in `dtype` (fp16 halves the file at a relative error of 2^-11 a weight)."""
         about = {
             "format": FORMAT,
-            "network": self.model.config.config,
+            "network": ({"kind": "UNet2DModel"} if isinstance(self.model, UNet2D) else {}) | self.model.config.config,
             "schedule": self.schedule.config,
             "prediction": self.prediction,
             "classes": list(self.classes),
@@ -85,7 +88,9 @@ def load(source: str | os.PathLike[str]) -> Checkpoint:
     if about["format"] != FORMAT:
         raise CheckpointError(f"{path} has format version {about['format']!r}; this fastdiff reads version {FORMAT}")
     try:
-        config = UNetConfig.from_config(about["network"])
+        settings = dict(about["network"])
+        settings_of, network = NETWORKS[settings.pop("kind", "UNet")]
+        config = settings_of.from_config(settings)
         schedule = Schedule.from_config(about["schedule"])
         classes, prediction, record = about["classes"], about["prediction"], dict(about["record"])
         if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes) or len(set(classes)) != len(classes):
@@ -97,7 +102,7 @@ def load(source: str | os.PathLike[str]) -> Checkpoint:
             f"{path} has unfitting metadata: prediction {prediction!r}, {len(classes)} class names for {config.num_classes}"
         )
     with torch.device("meta"):
-        model = UNet(config)
+        model = network(config)
     wanted = {k: v.shape for k, v in model.state_dict().items()}
     given = {k: v.shape for k, v in tensors.items()}
     if wanted != given:
@@ -108,7 +113,7 @@ def load(source: str | os.PathLike[str]) -> Checkpoint:
             raise CheckpointError(f"{path} holds weights that are no finite numbers, in {name}")
     model.to_empty(device="cpu")
     model.load_state_dict({k: v.float() for k, v in tensors.items()})
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)
     return Checkpoint(model.eval().requires_grad_(False), schedule, prediction, tuple(classes), record)
 
 

@@ -22,22 +22,32 @@ x0 of an epsilon prediction is the sign of x - m, clipped; where they are equal,
 # No `from __future__ import annotations`: signatures are diffusers' own, types and all.
 import contextlib
 import functools
+import importlib.util
+import json
 import logging
 import math
+import os
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from . import ops, reference
+from . import ops, reference, unet
+from .checkpoint import Checkpoint, CheckpointError
 from .noise import column64
 from .reference import COLUMNS, SLOTS, STEP_COLUMNS
 from .sampler import AUTO_ROWS, Sampler
 from .schedules import Schedule
 from .solvers import Table
+from .unet import UNet, UNetConfig
+from .unet2d import UNet2D, UNet2DConfig
 
 try:
     import diffusers
@@ -66,6 +76,8 @@ __all__ = [
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
     "accelerate",
+    "load",
+    "save",
     "unaccelerate",
 ]
 
@@ -871,7 +883,8 @@ class _Owned:
             if n < threads:
                 return None
             size = min(math.ceil(n / threads), AUTO_ROWS[device.type])
-        key = (id(unet), device, dtype, settings, size, tuple(p._version for p in unet.parameters() if not p.is_inference()))
+        state = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in unet.parameters())
+        key = (id(unet), device, dtype, settings, size, state)
         known = self.__dict__.setdefault("_samplers", {})
         if key not in known:
             while len(known) >= 4:
@@ -880,7 +893,7 @@ class _Owned:
             sides = unet.config.sample_size
             shape = (unet.config.in_channels, *((sides, sides) if isinstance(sides, int) else sides))
             known[key] = Sampler(
-                unet, Schedule.from_alphas_cumprod(self.scheduler.alphas_cumprod), shape, solver=table, device=device, dtype=dtype,
+                _native(unet), Schedule.from_alphas_cumprod(self.scheduler.alphas_cumprod), shape, solver=table, device=device, dtype=dtype,
                 num_classes=None if embeddings is None else embeddings - 1, compile=settings.compile, micro_batch=size,
             )  # fmt: skip
         sampler: Sampler = known.pop(key)
@@ -994,6 +1007,20 @@ class DDIMPipeline(_Owned, pipeline_ddim.DDIMPipeline):
         return result  # type: ignore[no-any-return]
 
 
+def _native(unet: UNet2DModel) -> nn.Module:
+    """A UNet2D of the same weights, which it shares, if the network is a UNet2DModel and nothing but that; else the network itself."""
+    if type(unet) is not UNet2DModel or unet._forward_hooks or unet._forward_pre_hooks:
+        return unet
+    try:
+        config = UNet2DConfig.from_config(dict(unet.config))
+    except ValueError:
+        return unet
+    with torch.device("meta"):
+        native = UNet2D(config)
+    native.load_state_dict(unet.state_dict(), assign=True)
+    return native.eval()
+
+
 def accelerate(
     pipe: DiffusionPipeline, *, dtype: torch.dtype | None = None, compile: bool | str = "auto", micro_batch: int | str = "auto"
 ) -> DiffusionPipeline:
@@ -1061,3 +1088,126 @@ def unaccelerate(pipe: DiffusionPipeline) -> DiffusionPipeline:
     for name in ("accelerated", "_settings", "_samplers"):
         pipe.__dict__.pop(name, None)
     return pipe
+
+
+PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
+# What a pipeline's folder holds as unet/fastdiff_unet.py, after the source of fastdiff/unet.py.
+WRAPPER = '''
+
+from diffusers import ConfigMixin, ModelMixin  # noqa: E402
+from diffusers.configuration_utils import register_to_config  # noqa: E402
+from diffusers.models.unets.unet_2d import UNet2DOutput  # noqa: E402
+
+
+class FastdiffUNet(ModelMixin, ConfigMixin):
+    """fastdiff's UNet as a component of a diffusers pipeline. class_labels: int64 [N], or None for the null class."""
+
+    @register_to_config
+    def __init__(self, sample_size, in_channels, out_channels, network, classes=(), record=None):
+        super().__init__()
+        self.net = UNet(UNetConfig.from_config(dict(network)))
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        answer = self.net(sample, timestep, class_labels)
+        return UNet2DOutput(sample=answer) if return_dict else (answer,)
+'''
+
+
+def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
+    """Write a checkpoint as the folder of a DDPMPipeline, which plain diffusers, without fastdiff, loads and samples from identically in fp32.
+
+    A network that came from a UNet2DModel is written as one. fastdiff's own UNet is none, nor can one compute it (its groups are of so many channels,
+    not so many groups, and it works on folded pixels), so its source goes into the folder, as diffusers has it for components of one's own:
+    `DDPMPipeline.from_pretrained(path, trust_remote_code=True)`. Without class_labels that samples from the null class.
+    ValueError for a prediction that diffusers' DDPM has no name for, or a schedule without betas.
+    """
+    model, prediction = checkpoint.model, PREDICTION_TYPES.get(checkpoint.prediction)
+    if prediction is None or not checkpoint.schedule.preserving:
+        raise ValueError(
+            f"diffusers' DDPMScheduler has no prediction {checkpoint.prediction!r} with a schedule of {checkpoint.schedule.name!r}; "
+            f"it has {', '.join(PREDICTION_TYPES)} and schedules that preserve variance"
+        )
+    folder = Path(path)
+    component: Any
+    if isinstance(model, UNet2D):
+        component, names = UNet2DModel(**model.config.config), ["diffusers", "UNet2DModel"]
+        component.load_state_dict(model.state_dict())
+    else:
+        (folder / "unet").mkdir(parents=True, exist_ok=True)
+        code = folder / "unet" / "fastdiff_unet.py"
+        code.write_text(Path(unet.__file__).read_text() + WRAPPER)
+        spec = importlib.util.spec_from_file_location("fastdiff_unet", code)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look themselves up there
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            del sys.modules[spec.name]
+        channels, height, width = model.config.shape
+        component = module.FastdiffUNet(
+            (height, width), channels, channels, model.config.config, list(checkpoint.classes), checkpoint.record
+        )  # fmt: skip
+        component.net.load_state_dict(model.state_dict())
+        names = ["fastdiff_unet", "FastdiffUNet"]
+    component.save_pretrained(folder / "unet")
+    scheduler = DDPMScheduler(
+        num_train_timesteps=checkpoint.schedule.timesteps, trained_betas=checkpoint.schedule.betas.tolist(), prediction_type=prediction
+    )  # fmt: skip
+    scheduler.save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "DDPMPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": names,
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def load(path: str | os.PathLike[str]) -> Checkpoint:
+    """The checkpoint in a folder of a diffusers pipeline with a UNet2DModel, or one that `save` wrote. fp32, on the CPU, in eval mode.
+
+    Weights are read from .safetensors alone, and no code of the folder is run. Classes of a UNet2DModel are named by their numbers; the last of its
+    class embeddings is taken for the null class. CheckpointError where there is no such folder, or its network is not covered.
+    """
+    folder = Path(path)
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+        settings = json.loads((folder / "unet" / "config.json").read_text())
+        scheduling = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        kind = index["unet"][1]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        missing = (
+            f"{Path(e.filename).relative_to(folder)} is missing"
+            if isinstance(e, FileNotFoundError) and e.filename
+            else f"{type(e).__name__}: {e}"
+        )
+        raise CheckpointError(f"{folder} is not the folder of a diffusers pipeline with a unet and a scheduler: {missing}") from None
+    model: UNet | UNet2D
+    try:
+        if kind == "UNet2DModel":
+            model = UNet2D(UNet2DConfig.from_config(settings))
+            weights = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, local_files_only=True).state_dict()
+            classes = tuple(str(i) for i in range(model.config.num_classes or 0))
+        elif kind == "FastdiffUNet":
+            model = UNet(UNetConfig.from_config(settings["network"]))
+            file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+            weights = {name.removeprefix("net."): v for name, v in load_file(file).items()}
+            classes = tuple(settings["classes"])
+        else:
+            raise ValueError(
+                f"its network is a {kind}; fastdiff reads UNet2DModel (any other runs as it is, by accelerate or fastdiff.Sampler)"
+            )
+        model.load_state_dict(weights)
+        scheduler = scheduling_ddpm.DDPMScheduler.from_config(scheduling)
+        names = {name: ours for ours, name in PREDICTION_TYPES.items()}
+        if scheduler.config.prediction_type not in names:
+            raise ValueError(f"prediction_type {scheduler.config.prediction_type!r} is not covered; it may be {', '.join(names)}")
+        schedule = Schedule.from_alphas_cumprod(scheduler.alphas_cumprod)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as e:
+        raise CheckpointError(f"{folder} cannot be read as a checkpoint: {' '.join(str(e).split())[:300]}") from None
+    model.float().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Checkpoint(
+        model.eval().requires_grad_(False), schedule, names[scheduler.config.prediction_type], classes, settings.get("record") or {}
+    )

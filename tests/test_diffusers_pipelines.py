@@ -4,6 +4,8 @@ import copy
 import inspect
 import json
 import logging
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -153,15 +155,15 @@ def test_without_memory_it_begins_again_with_the_same_noise(monkeypatch):
     pipe = pipeline("ddim")
     wanted, state = images(pipe, 8, 4, eta=0.5)
     ours.accelerate(pipe, micro_batch=4)
-    real, rows = diffusers.UNet2DModel.forward, []
+    real, rows = fastdiff.unet2d.UNet2D.body, []
 
-    def scarce(self, sample, *args, **kwargs):
-        rows.append(len(sample))
-        if len(sample) > 2 and len(rows) > 4:
+    def scarce(self, x, condition):
+        rows.append(len(x))
+        if len(x) > 2 and len(rows) > 4:
             raise torch.OutOfMemoryError("no room")
-        return real(self, sample, *args, **kwargs)
+        return real(self, x, condition)
 
-    monkeypatch.setattr(diffusers.UNet2DModel, "forward", scarce)
+    monkeypatch.setattr(fastdiff.unet2d.UNet2D, "body", scarce)
     with pytest.warns(UserWarning, match="out of memory with 4 images"):
         got, after = images(pipe, 8, 4, eta=0.5)
     assert np.abs(got - wanted).max() <= 1e-5 and torch.equal(state, after) and rows[-1] == 2
@@ -385,3 +387,120 @@ def test_a_network_that_is_not_finite_is_an_error():
     pipe.unet.conv_out.bias.data[0] = torch.nan
     with pytest.raises(ValueError, match="not finite for sample 0"):
         pipe(4, num_inference_steps=3)
+
+
+def plain_images(folder, n, steps, **load):
+    pipe = diffusers.DDPMPipeline.from_pretrained(folder, **load)
+    pipe.set_progress_bar_config(disable=True)
+    return images(pipe, n, steps)[0], pipe
+
+
+def sampled(checkpoint, n, steps):
+    """The same by fastdiff's own rows: DDPM on diffusers' "leading" timesteps, from the same generator."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, *checkpoint.shape, generator=generator)
+    sampler = checkpoint.sampler(solver="ddpm", steps=steps, spacing="leading", device="cpu", compile=False)
+    made = sampler(n, latents=x, noise=lambda row: torch.randn(x.shape, generator=generator) if row < steps - 1 else None)
+    return (made / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def test_the_shipped_checkpoint_in_plain_diffusers_and_back(tmp_path):
+    """fp32, to rounding; diffusers' fp32 coefficients are off by some 1e-5 of the image besides."""
+    checkpoint = fastdiff.load("sprites")
+    ours.save(checkpoint, tmp_path / "sprites")
+    found, pipe = plain_images(tmp_path / "sprites", 2, 10, trust_remote_code=True)
+    assert np.abs(found - sampled(checkpoint, 2, 10)).max() <= 2e-4 and found.std() > 0.2
+    labels = torch.tensor([3, 0])
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor(77)
+    with torch.no_grad():
+        assert torch.equal(pipe.unet(x, t, labels).sample, checkpoint.model(x, t.expand(2), labels))
+    back = ours.load(tmp_path / "sprites")
+    assert (back.prediction, back.classes, back.record) == (checkpoint.prediction, checkpoint.classes, checkpoint.record)
+    assert back.model.config == checkpoint.model.config
+    assert all(torch.equal(a, b) for a, b in zip(back.model.state_dict().values(), checkpoint.model.state_dict().values(), strict=True))
+    np.testing.assert_allclose(back.schedule.alphas_cumprod, checkpoint.schedule.alphas_cumprod, rtol=0, atol=1e-6)
+    code = "import sys; sys.modules['fastdiff'] = None; import diffusers; diffusers.DDPMPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, tmp_path / "sprites"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("classes", [None, 4])
+def test_a_unet2dmodel_as_a_checkpoint_and_back(classes, tmp_path):
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=100, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    pipe = pipeline("ddpm", unet(classes=classes), scheduler)
+    pipe.save_pretrained(tmp_path / "theirs")
+    checkpoint = ours.load(tmp_path / "theirs")
+    assert (
+        checkpoint.shape == (3, 8, 8)
+        and checkpoint.prediction == "v"
+        and checkpoint.classes == (() if classes is None else ("0", "1", "2"))
+    )
+    assert checkpoint.schedule.timesteps == 100
+    if classes is None:
+        assert np.abs(images(pipe, 3, 10)[0] - sampled(checkpoint, 3, 10)).max() <= 2e-4
+    # Through fastdiff's own file, and to a pipeline again.
+    checkpoint.save(tmp_path / "mine.safetensors", dtype=torch.float32)
+    again = fastdiff.load(tmp_path / "mine.safetensors")
+    assert again.model.config == checkpoint.model.config and again.classes == checkpoint.classes
+    assert torch.equal(again.sampler(steps=3, device="cpu", compile=False)(2), checkpoint.sampler(steps=3, device="cpu", compile=False)(2))
+    ours.save(again, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "model_index.json").read_text())["unet"] == ["diffusers", "UNet2DModel"]
+    if classes is None:
+        assert np.abs(plain_images(tmp_path / "again", 3, 10)[0] - images(pipe, 3, 10)[0]).max() <= 2e-4
+    weights = [dict(diffusers.UNet2DModel.from_pretrained(tmp_path / where / "unet").state_dict()) for where in ("theirs", "again")]
+    assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items()) and len(weights[0]) == len(weights[1])
+
+
+def test_folders_that_are_no_checkpoint(tmp_path):
+    with pytest.raises(
+        fastdiff.CheckpointError,
+        match=r"is not the folder of a diffusers pipeline with a unet and a scheduler: model_index\.json is missing",
+    ):
+        ours.load(tmp_path)
+    pipe = pipeline("ddpm")
+    pipe.save_pretrained(tmp_path)
+
+    def change(file, **values):
+        path = tmp_path / file
+        old = path.read_text()
+        path.write_text(json.dumps({**json.loads(old), **values}))
+        return path, old
+
+    for file, values, text in (
+        ("unet/config.json", {"time_embedding_type": "fourier"}, "time_embedding_type='fourier' is not covered"),
+        ("unet/config.json", {"layers_per_block": 2}, "cannot be read as a checkpoint: "),
+        (
+            "model_index.json",
+            {"unet": ["diffusers", "UNet2DConditionModel"]},
+            "its network is a UNet2DConditionModel; fastdiff reads UNet2DModel",
+        ),
+        ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type 'flow' is not covered"),
+        ("model_index.json", {"unet": None}, "TypeError"),
+    ):
+        path, old = change(file, **values)
+        with pytest.raises(fastdiff.CheckpointError, match=text) as e:
+            ours.load(tmp_path)
+        assert "\n" not in str(e.value)
+        path.write_text(old)
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(fastdiff.CheckpointError, match="cannot be read as a checkpoint"):
+        ours.load(tmp_path)
+    checkpoint = fastdiff.load("sprites")
+    checkpoint.prediction = "flow"
+    with pytest.raises(ValueError, match="diffusers' DDPMScheduler has no prediction 'flow' with a schedule of 'cosine'"):
+        ours.save(checkpoint, tmp_path / "flow")
+
+
+def test_the_native_network_is_taken_where_it_can_be():
+    """It shares the weights; a class of one's own, hooks, and what UNet2D does not cover run as they are."""
+    plain = unet()
+    native = ours._native(plain)
+    assert isinstance(native, fastdiff.unet2d.UNet2D) and native.conv_in.weight.data_ptr() == plain.conv_in.weight.data_ptr()
+
+    class Own(diffusers.UNet2DModel):
+        pass
+
+    own = Own(**{k: v for k, v in plain.config.items() if not k.startswith("_")})
+    assert ours._native(own) is own
+    plain.register_forward_hook(lambda *given: None)
+    assert ours._native(plain) is plain
