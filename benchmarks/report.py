@@ -108,6 +108,21 @@ def sections(rows: list[Row]) -> list[str]:
                             f"{row['matmul_gflop_per_s']:.0f}",
                         ],
                     )  # fmt: skip
+        elif kind.startswith("diffusers_"):
+            what = {
+                "diffusers_step": f"{row.get('scheduler')}.step{', eta 1' if row.get('step_options') else ''}",
+                "diffusers_add_noise": "DDPMScheduler.add_noise",
+                "diffusers_pipeline": f"{row.get('pipeline')}, {row.get('steps')} steps",
+            }[kind]
+            counts = [row["counts"].get(who, {}) for who in ("ours", "diffusers")]
+            add(
+                f"diffusers {row['diffusers']} and fastdiff.diffusers: {where(row)}",
+                ["call", "images", "ours, us", "theirs, us", "ours is as fast, times", "operations", "values read", "graph breaks"],
+                [
+                    what, str(row["shape"][0]), f"{row['ours_us']:.4g}", f"{row['diffusers_us']:.4g}", ratio(row, "diffusers"),
+                    *(" to ".join(f"{of[key]:.3g}" for of in counts if key in of) for key in ("ops_per_call", "reads_per_call", "graph_breaks")),
+                ],
+            )  # fmt: skip
         elif kind == "import":
             line = [f"{row['import_torch_s']:.2f}", f"{row['import_fastdiff_over_torch_s']:.3f}"]
             add(f"Importing: {where(row)}", ["torch, s", "fastdiff over it, s"], line)

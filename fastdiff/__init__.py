@@ -14,7 +14,7 @@ from .sampler import Sampler, State, Trajectory
 from .schedules import Schedule
 from .unet import UNet, UNetConfig
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "Checkpoint",
