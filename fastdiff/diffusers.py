@@ -99,6 +99,14 @@ class Options:
     seeds: Tensor | None = None
 
 
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values are known to be equal without waiting for a device."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        on_cpu = isinstance(a, Tensor) and isinstance(b, Tensor) and a.device.type == b.device.type == "cpu" and a.dtype == b.dtype
+        return bool(on_cpu and a is not b and torch.equal(a, b))
+    return type(a) is type(b) and bool(a == b)
+
+
 class _Fused:
     """What the schedulers have in common: tables of coefficients, made once for a configuration, and one operation that carries a row out."""
 
@@ -119,8 +127,17 @@ class _Fused:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _Fused._SOURCES:
-            object.__setattr__(self, "_tables", {})
+            # The same again, as by set_timesteps in every call of a pipeline, changes nothing.
+            assigned = self.__dict__.setdefault("_assigned", {})
+            if name not in assigned or not _same(assigned[name], value):
+                object.__setattr__(self, "_tables", {})
+            assigned[name] = value
         object.__setattr__(self, name, value)
+
+    def _move_timesteps(self, device: str | torch.device | None) -> None:
+        """To the device that they are wanted on, which is no change of them."""
+        if device is not None:
+            object.__setattr__(self, "timesteps", self.timesteps.to(device))
 
     def use(
         self,
@@ -383,7 +400,8 @@ class DDPMScheduler(_ByTimestep, scheduling_ddpm.DDPMScheduler):  # type: ignore
         timesteps: list[int] | None = None,
     ):
         """Choose the timesteps, by number and `timestep_spacing`, or falling ones of one's own; the coefficients go to the device with them."""
-        super().set_timesteps(num_inference_steps, device, timesteps)
+        super().set_timesteps(num_inference_steps, timesteps=timesteps)
+        self._move_timesteps(device)
         self._prepare(("rows",), self._table)
 
     def _plan(self, eta: float = 0.0, clipped: bool = False) -> Table | None:
@@ -485,7 +503,8 @@ class DDIMScheduler(_ByTimestep, scheduling_ddim.DDIMScheduler):  # type: ignore
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device = None):  # type: ignore[no-untyped-def, assignment]
         """Choose the timesteps by number and `timestep_spacing`; the coefficients, of eta 0, go to the device with them."""
-        super().set_timesteps(num_inference_steps, device)
+        super().set_timesteps(num_inference_steps)
+        self._move_timesteps(device)
         self._prepare(("rows", 0.0, False), lambda: self._table(0.0, False))
 
     def _plan(self, eta: float = 0.0, clipped: bool = False) -> Table | None:
@@ -576,7 +595,8 @@ class DPMSolverMultistepScheduler(_Fused, scheduling_dpmsolver_multistep.DPMSolv
         timesteps: list[int] | None = None,
     ):
         """Choose the timesteps, by number and the config's spacing, or of one's own; the coefficients go to the device with them."""
-        super().set_timesteps(num_inference_steps, device, mu, timesteps)
+        super().set_timesteps(num_inference_steps, mu=mu, timesteps=timesteps)
+        self._move_timesteps(device)
         self._known("places", torch.int64, self.timesteps.device, self._places)
         if not self._converted:
             self._prepare(("rows", False), lambda: self._table(False))

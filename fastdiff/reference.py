@@ -79,8 +79,8 @@ def add_noise(
         z = noise.float()
     alpha, sigma, e, f = table[t].reshape(-1, *[1] * (x0.ndim - 1), 4).unbind(-1)
     clean = x0.float()
-    x_t = (alpha * clean + sigma * z).to(x0.dtype)
-    return x_t, (e * clean + f * z).to(x0.dtype) if target else x0.new_empty(0)
+    x_t = torch.addcmul(alpha * clean, sigma, z).to(x0.dtype)
+    return x_t, torch.addcmul(e * clean, f, z).to(x0.dtype) if target else x0.new_empty(0)
 
 
 # Columns of a solver table, fp32 [rows, COLUMNS], in order; see solver_step.
