@@ -124,13 +124,25 @@ def test_diffusers_add_noise(case, versus):
 @pytest.mark.parametrize("kind", ["ddpm", "ddim"])
 def test_diffusers_pipeline(case, kind, versus):
     """DDPMPipeline and DDIMPipeline of a UNet2DModel as they are, and accelerated: the same images from the same generator."""
+    pipelines(case, kind, versus, "auto")
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "ddim"])
+def test_diffusers_pipeline_compiled(kind, versus, no_compiled):
+    """On the CPU, where it has to be asked for, since compiling takes 20 s and more."""
+    if reason := no_compiled("cpu"):
+        pytest.skip(reason)
+    pipelines(Case("cpu", 64), kind, versus, True)
+
+
+def pipelines(case: Case, kind: str, versus: Callable[..., None], compile: bool | str) -> None:
     steps = 5 if case.device == "cpu" else 20
     network = peers.diffusers_unet().to(case.device, case.dtype)
     base = {"ddpm": diffusers.DDPMPipeline, "ddim": diffusers.DDIMPipeline}[kind]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipes = {
-            "ours": ours.accelerate(base(copy.deepcopy(network), diffusers.DDPMScheduler())),
+            "ours": ours.accelerate(base(copy.deepcopy(network), diffusers.DDPMScheduler()), compile=compile),
             "diffusers": base(network, diffusers.DDPMScheduler()),
         }
     runs, results = {}, {}
@@ -143,5 +155,9 @@ def test_diffusers_pipeline(case, kind, versus):
 
         runs[who], results[who] = run, run()
     torch.testing.assert_close(results["ours"], results["diffusers"], rtol=0, atol=1e-3)
-    rate = {"steps": steps, "pipeline": base.__name__, "way": "eager" if case.device == "cpu" else "compiled, captured"}
+    rate = {
+        "steps": steps,
+        "pipeline": base.__name__,
+        "way": "compiled, captured" if case.device == "cuda" else "compiled" if compile is True else "eager",
+    }
     versus(case, runs, 1, {}, **rate)

@@ -112,15 +112,15 @@ def sections(rows: list[Row]) -> list[str]:
             what = {
                 "diffusers_step": f"{row.get('scheduler')}.step{', eta 1' if row.get('step_options') else ''}",
                 "diffusers_add_noise": "DDPMScheduler.add_noise",
-                "diffusers_pipeline": f"{row.get('pipeline')}, {row.get('steps')} steps",
-            }[kind]
+                "diffusers_pipeline": f"{row.get('pipeline')}, {row.get('steps')} steps, ours {row.get('way')}",
+            }[kind.removesuffix("_compiled")]
             counts = [row["counts"].get(who, {}) for who in ("ours", "diffusers")]
             add(
                 f"diffusers {row['diffusers']} and fastdiff.diffusers: {where(row)}",
-                ["call", "images", "ours, us", "theirs, us", "ours is as fast, times", "operations", "values read", "graph breaks"],
+                ["call", "images", "ours, us", "theirs, us", "ours is as fast, times", "operations, ours and theirs", "values read", "graph breaks"],
                 [
-                    what, str(row["shape"][0]), f"{row['ours_us']:.4g}", f"{row['diffusers_us']:.4g}", ratio(row, "diffusers"),
-                    *(" to ".join(f"{of[key]:.3g}" for of in counts if key in of) for key in ("ops_per_call", "reads_per_call", "graph_breaks")),
+                    what, str(row["shape"][0]), f"{row['ours_us']:,.0f}", f"{row['diffusers_us']:,.0f}", ratio(row, "diffusers"),
+                    *(", ".join(f"{of[key]:.3g}" for of in counts if key in of) for key in ("ops_per_call", "reads_per_call", "graph_breaks")),
                 ],
             )  # fmt: skip
         elif kind == "import":
