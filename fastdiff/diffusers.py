@@ -421,16 +421,16 @@ class DDPMScheduler(_ByTimestep, scheduling_ddpm.DDPMScheduler):  # type: ignore
         beta = 1 - kept
         small = torch.clamp((1 - then) / left * beta, min=1e-20)
         log_s: Tensor | float = 0.0
-        if variance_type == "fixed_small":
-            s = small**0.5
-        elif variance_type == "fixed_small_log":
+        if variance_type == "fixed_small_log":
             s = torch.exp(0.5 * torch.log(small))
         elif variance_type in ("fixed_large", "fixed_large_log"):
             s = beta**0.5
         elif variance_type == "learned_range":  # log variance = (1 + v) / 2 log beta + (1 - v) / 2 log small
             s, log_s = torch.exp((torch.log(beta) + torch.log(small)) / 4), (torch.log(beta) - torch.log(small)) / 4
-        else:  # "learned": sqrt(v), in step
+        elif variance_type == "learned":  # sqrt(v), in step
             s = torch.ones_like(beta)
+        else:  # "fixed_small", and whatever else, as in diffusers
+            s = small**0.5
         s = torch.where((t > 0) & (after >= 0) if self._options.corrected else t > 0, s, 0.0)
         px, pm, _, _ = self._predicted(now)
         columns: dict[str, Tensor | float] = {

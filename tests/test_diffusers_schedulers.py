@@ -56,7 +56,7 @@ CONFIGS = {
         | clipped
         | {
             "beta_schedule": st.sampled_from(["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"]),
-            "variance_type": st.sampled_from(["fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range"]),
+            "variance_type": st.sampled_from(["fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range", "other"]),
         }
     ),
     "DDIMScheduler": st.fixed_dictionaries(
@@ -715,6 +715,50 @@ def test_compiled_add_noise():
     eager = scheduler.add_noise(x, z, t)
     compiled = torch.compile(scheduler.add_noise, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, z, t), eager, rtol=0, atol=1e-6)
+
+
+# On a GPU.
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "config", "call"),
+    [
+        ("DDPMScheduler", {}, {}),
+        ("DDPMScheduler", {"variance_type": "learned_range"}, {}),
+        ("DDIMScheduler", {"thresholding": True, "sample_max_value": 1.5}, {"eta": 0.5}),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3, "algorithm_type": "sde-dpmsolver++"}, {}),
+    ],
+)
+def test_a_loop_on_a_gpu_waits_for_nothing_and_is_the_cpus(name, config, call, dtype):
+    """The same noise, from a CPU generator, which is copied over: so the loop that must not wait draws by the counter."""
+    channels = 6 if config.get("variance_type") else 3
+    random = torch.Generator().manual_seed(0)
+    x, m = torch.randn(4, *SHAPE, generator=random).to(dtype), torch.rand(4, channels, *SHAPE[1:], generator=random).to(dtype)
+
+    def run(device, **more):
+        scheduler = getattr(ours, name)(**config).use(noise="counter", seed=1)
+        scheduler.set_timesteps(10, device=device)
+        y, given = x.to(device), m.to(device)
+        clean = scheduler.add_noise(y, y, scheduler.timesteps[:1].expand(4))
+        for warm in (True, False):
+            scheduler.set_timesteps(10, device=device)
+            if device == "cuda" and not warm:
+                torch.cuda.set_sync_debug_mode("error")
+            y = x.to(device) if warm else y * 0 + clean
+            for t in scheduler.timesteps:
+                y = scheduler.step(given, t, y, **call, **more).prev_sample
+        return y
+
+    try:
+        got = run("cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    tolerance = 2**-6 if dtype == torch.bfloat16 else 1e-4  # the stream's normals, and a rounding to bf16, of ten steps
+    torch.testing.assert_close(got.cpu(), run("cpu"), rtol=tolerance, atol=tolerance)
 
 
 # Without diffusers.
