@@ -626,9 +626,12 @@ def table(
 
 
 def _own_timesteps(schedule: Schedule, timesteps: Sequence[float]) -> list[Level]:
-    t = np.asarray(timesteps, dtype=np.float64)
+    try:
+        t = np.asarray(timesteps, dtype=np.float64)
+    except (TypeError, ValueError):
+        t = np.zeros(0)
     if t.ndim != 1 or not len(t) or not (np.diff(t) < 0).all() or not 0 <= t[-1] <= t[0] <= schedule.timesteps - 1:
-        raise ValueError(f"timesteps must be a falling list within 0 .. {schedule.timesteps - 1}")
+        raise ValueError(f"timesteps must be a falling list of numbers within 0 .. {schedule.timesteps - 1}")
     return [Level(float(v), *schedule.noise_at(float(v))) for v in t]
 
 
@@ -638,7 +641,9 @@ def _resampled(rows: list[Row], grid: Grid, resample: int, jump: int) -> list[Ro
     if not whole(resample) or resample < 1 or not whole(jump) or jump < 1:
         raise ValueError(f"resample is {resample!r} and jump is {jump!r}; give whole numbers of at least 1")
     n = len(rows)
-    if n != grid.steps or any(r.c or any(r.past) or r.save or r.log_s for r in rows):
+    if any(r.log_s for r in rows):
+        raise ValueError("resampling adds up what is noise, and cannot with a learned variance; take variance='posterior' or 'beta'")
+    if n != grid.steps or any(r.c or any(r.past) or r.save for r in rows):
         raise ValueError("resampling needs a solver with one row a step and no memory: ddpm, ddim, euler or euler_ancestral")
     left = dict.fromkeys(range(0, n - jump, jump), resample - 1)  # by the steps that remain after the next, as in the paper's code
     out, i = [], 0

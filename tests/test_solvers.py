@@ -769,7 +769,7 @@ def test_names_are_the_solvers_that_table_takes():
 # Refusals
 
 KNOWN = "known: ddpm, ddim, euler, euler_ancestral, heun, dpm_2, dpmpp_2s_ancestral, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, ipndm, unipc, edm_heun"
-NOT_FALLING = r"timesteps must be a falling list within 0 \.\. 999"
+NOT_FALLING = r"timesteps must be a falling list of numbers within 0 \.\. 999"
 ADDS_NOISE = r"solver '\w+' adds noise with these options; inversion needs one that does not \(eta=0, or ddim, heun, \.\.\.\)"
 WITHOUT_NOISE = r"timesteps without noise \(alpha_bar = 1\)"
 NO_MEMORY = "resampling needs a solver with one row a step and no memory: ddpm, ddim, euler or euler_ancestral"
@@ -946,3 +946,15 @@ def test_nothing_lies_between_a_timestep_without_noise_and_the_next():
     with pytest.raises(ValueError, match=WITHOUT_NOISE):
         table("ddim", schedule, timesteps=[3, 1], invert=True)
     assert same(table("ddim", schedule, timesteps=[3, 1], denoise=False), table("ddim", schedule, timesteps=[3, 1]))
+
+
+@pytest.mark.parametrize(
+    ("solver", "call", "text"),
+    [
+        ("ddim", {"timesteps": ["a", 3]}, r"timesteps must be a falling list of numbers within 0 \.\. 99"),
+        ("ddpm", {"steps": 5, "variance": "learned", "resample": 2}, "cannot with a learned variance; take variance='posterior' or 'beta'"),
+    ],
+)
+def test_what_cannot_be_walked_is_said(solver, call, text):
+    with pytest.raises(ValueError, match=text):
+        table(solver, Schedule.linear(100), **call)
