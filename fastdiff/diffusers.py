@@ -157,6 +157,8 @@ class _Fused:
         """
         if noise not in ("generator", "counter"):
             raise ValueError(f'noise is {noise!r}; give "generator", torch\'s, or "counter", fastdiff\'s stream')
+        if noise == "generator" and seeds is None and (seed or first):
+            raise ValueError('seed and first number the noise of the counter; give noise="counter" with them')
         column = None if seeds is None else column64(seeds, len(seeds))
         self._options = Options(bool(corrected), noise == "counter" or column is not None, seed, first, column)
         self._tables = {}
@@ -1028,16 +1030,19 @@ class DDIMPipeline(_Owned, pipeline_ddim.DDIMPipeline):
 
 
 def _native(unet: UNet2DModel) -> nn.Module:
-    """A UNet2D of the same weights, which it shares, if the network is a UNet2DModel and nothing but that; else the network itself."""
-    if type(unet) is not UNet2DModel or unet._forward_hooks or unet._forward_pre_hooks:
+    """A UNet2D of the same weights, which it shares, if the network is a UNet2DModel and nothing but that: no class of one's own, hooks, adapters or
+    attention processors. Else the network itself."""
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules())
+    processors = {type(module.processor).__name__ for module in unet.modules() if hasattr(module, "processor")}
+    own = processors - {"AttnProcessor", "AttnProcessor2_0"}
+    if type(unet) is not UNet2DModel or hooked or own:
         return unet
     try:
-        config = UNet2DConfig.from_config(dict(unet.config))
-    except ValueError:
+        with torch.device("meta"):
+            native = UNet2D(UNet2DConfig.from_config(dict(unet.config)))
+        native.load_state_dict(unet.state_dict(), assign=True)
+    except (ValueError, RuntimeError):  # settings, or weights, that are not its own
         return unet
-    with torch.device("meta"):
-        native = UNet2D(config)
-    native.load_state_dict(unet.state_dict(), assign=True)
     return native.eval()
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 diffusers = pytest.importorskip("diffusers")
 
+from diffusers.models.attention_processor import SlicedAttnProcessor  # noqa: E402
 from diffusers.models.unets.unet_2d import UNet2DOutput  # noqa: E402
 
 import fastdiff  # noqa: E402
@@ -502,8 +503,16 @@ def test_the_native_network_is_taken_where_it_can_be():
 
     own = Own(**{k: v for k, v in plain.config.items() if not k.startswith("_")})
     assert ours._native(own) is own
-    plain.register_forward_hook(lambda *given: None)
-    assert ours._native(plain) is plain
+    for change in (
+        lambda model: model.mid_block.resnets[0].register_forward_hook(lambda *given: None),
+        lambda model: model.mid_block.attentions[0].set_processor(SlicedAttnProcessor(slice_size=1)),
+        lambda model: model.mid_block.add_module("adapter", torch.nn.Linear(2, 2)),
+        lambda model: model.register_to_config(act_fn="gelu"),
+    ):
+        changed = unet()
+        assert isinstance(ours._native(changed), fastdiff.unet2d.UNet2D)
+        change(changed)
+        assert ours._native(changed) is changed
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -469,6 +469,8 @@ def test_use_refuses_what_it_does_not_know():
         scheduler.step(torch.zeros(3, *SHAPE), 5, torch.zeros(3, *SHAPE))
     with pytest.raises(ValueError, match="whole numbers"):
         scheduler.use(seeds=[0.5])
+    with pytest.raises(ValueError, match='seed and first number the noise of the counter; give noise="counter" with them'):
+        scheduler.use(seed=3)
 
 
 # Misuse.
