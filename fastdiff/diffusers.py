@@ -160,6 +160,7 @@ class _Fused:
         if noise == "generator" and seeds is None and (seed or first):
             raise ValueError('seed and first number the noise of the counter; give noise="counter" with them')
         column = None if seeds is None else column64(seeds, len(seeds))
+        column64([seed, first], 2)  # are they whole numbers?
         self._options = Options(bool(corrected), noise == "counter" or column is not None, seed, first, column)
         self._tables = {}
         return self
@@ -193,7 +194,9 @@ class _Fused:
 
     def _prepare(self, key: Hashable, make: Callable[[], Tensor]) -> None:
         """Make what a step in fp32 needs, so that it stands outside of what is compiled."""
-        with contextlib.suppress(ValueError):  # of a config that has no formula: an error of the step, as in diffusers
+        with contextlib.suppress(
+            ValueError, IndexError
+        ):  # no formula, or a timestep beyond the last: an error of the step, as in diffusers
             self._known(key, torch.float32, self.timesteps.device, make)
         self._known("indices", torch.int64, self.timesteps.device, lambda: torch.arange(self.config.num_train_timesteps))
         self._host_timesteps()
@@ -235,8 +238,10 @@ class _Fused:
         if t.device.type == "cpu":
             return int(t)
         steps = self.timesteps
-        if t.untyped_storage().data_ptr() == steps.untyped_storage().data_ptr() and t.dtype == steps.dtype:
-            return int(self._host_timesteps()[t.storage_offset() - steps.storage_offset()])
+        place = t.storage_offset() - steps.storage_offset()
+        within = steps.is_contiguous() and 0 <= place < len(steps) and t.dtype == steps.dtype
+        if within and t.untyped_storage().data_ptr() == steps.untyped_storage().data_ptr():
+            return int(self._host_timesteps()[place])
         return None
 
     def _host_timesteps(self) -> Tensor:

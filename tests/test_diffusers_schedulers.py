@@ -469,6 +469,8 @@ def test_use_refuses_what_it_does_not_know():
         scheduler.step(torch.zeros(3, *SHAPE), 5, torch.zeros(3, *SHAPE))
     with pytest.raises(ValueError, match="whole numbers"):
         scheduler.use(seeds=[0.5])
+    with pytest.raises(ValueError, match="whole numbers"):
+        scheduler.use(noise="counter", seed=0.5)
     with pytest.raises(ValueError, match='seed and first number the noise of the counter; give noise="counter" with them'):
         scheduler.use(seed=3)
 
@@ -518,6 +520,17 @@ def test_what_has_no_formula_is_refused():
     scheduler.set_timesteps(5)
     with pytest.raises(ValueError, match='"sde-dpmsolver" has no third order; give solver_order=2'):
         scheduler.step(torch.zeros(1, *SHAPE), scheduler.timesteps[0], torch.zeros(1, *SHAPE))
+
+
+def test_a_timestep_beyond_the_last_is_an_error_of_the_step():
+    """Leading spacing with an offset, and as many steps as there are timesteps."""
+    x = torch.zeros(1, *SHAPE)
+    for library in (diffusers, ours):
+        scheduler = library.DDIMScheduler(num_train_timesteps=10, steps_offset=1)
+        scheduler.set_timesteps(10)
+        assert scheduler.timesteps[0] == 10
+        with pytest.raises(IndexError):
+            scheduler.step(x, scheduler.timesteps[0], x)
 
 
 # The contract.
@@ -645,12 +658,20 @@ def test_timesteps_on_a_device_are_told_by_their_place():
     """A view of scheduler.timesteps, wherever they are, is known without reading it. (The device is a pretence: its values cannot be read.)"""
     scheduler = ours.DDPMScheduler()
     scheduler.set_timesteps(10)
-    hidden = scheduler.timesteps.to("meta")
-    host = scheduler._host_timesteps()
-    scheduler.__dict__["timesteps"] = hidden
-    for i, t in enumerate(hidden):
-        if t.untyped_storage().data_ptr() == hidden.untyped_storage().data_ptr():
-            assert scheduler._whole(t) == int(host[i])
+    host, hidden = scheduler._host_timesteps(), scheduler.timesteps.to("meta")
+    whole = ours.DDPMScheduler._whole
+
+    def told(steps, t):
+        """With these as its timesteps, of which the values are in reading order those of `host`."""
+        scheduler.__dict__["timesteps"] = steps
+        return whole(scheduler, t)
+
+    assert [told(hidden, t) for t in hidden] == host.tolist()
+    later = hidden[3:]
+    assert [told(later, t) for t in later] == host[: len(later)].tolist(), "places are counted from their own first"
+    assert told(later, hidden[1]) is None, "one that lies before them is none of them"
+    assert told(hidden[::2], hidden[2]) is None and told(hidden, hidden[2:4]) is None
+    assert told(hidden, hidden[2].to(torch.int32)) is None
 
 
 def stepper(scheduler):
