@@ -9,6 +9,7 @@ Importing it needs neither a GPU nor Triton.
 from . import solvers
 from .checkpoint import Checkpoint, CheckpointError, load
 from .data import DataError
+from .likelihood import Likelihood, dequantised, log_likelihood
 from .noise import add_noise, normal, slerp
 from .sampler import Sampler, State, Trajectory
 from .schedules import Schedule
@@ -20,6 +21,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "DataError",
+    "Likelihood",
     "Sampler",
     "Schedule",
     "State",
@@ -27,7 +29,9 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "add_noise",
+    "dequantised",
     "load",
+    "log_likelihood",
     "normal",
     "slerp",
     "solvers",

@@ -17,7 +17,7 @@ LAYERS = [
     {"solvers", "ops", "ways"},
     {"noise"},
     {"loop"},
-    {"sampler"},
+    {"sampler", "likelihood"},
     {"checkpoint"},
     {"diffusers"},
     {"__init__", "sample", "train"},
