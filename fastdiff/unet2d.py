@@ -20,6 +20,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "class_embed_type": (None,),
     "mid_block_type": ("UNetMidBlock2D",),
+    "downsample_padding": (0, 1),
     "num_train_timesteps": (None,),
 }
 
@@ -29,7 +30,8 @@ class UNet2DConfig:
     """The settings of UNet2DModel, by its names and defaults. ValueError for what is not computed here: other blocks than the (attention) blocks
     DownBlock2D, AttnDownBlock2D, UpBlock2D, AttnUpBlock2D, and what ONLY lists. dropout is for training and has no effect.
 
-    num_class_embeds: embeddings of classes, of which the last is taken for the null class, so that `num_classes` is one less.
+    num_class_embeds: embeddings of classes, of which the last doubles as the null class, so that `num_classes` is one less. A single embedding
+    leaves no class to choose: `num_classes` is None.
     """
 
     sample_size: int | tuple[int, int] = 32
@@ -80,6 +82,15 @@ class UNet2DConfig:
                 raise ValueError(f"a UNet2DModel with blocks {', '.join(unknown)} is not covered; {name} may be {' and '.join(allowed)}")
             if len(types) != len(self.block_out_channels) or not types:
                 raise ValueError(f"{len(types)} {name} for {len(self.block_out_channels)} block_out_channels; give one for each")
+        fold = 2 ** (len(self.block_out_channels) - 1)
+        if any(side < 1 or side % fold for side in self.shape[1:]):
+            raise ValueError(f"sample_size={self.sample_size!r} must be a multiple of {fold} (2^(levels - 1))")
+        if self.num_class_embeds is not None and self.num_class_embeds < 1:
+            raise ValueError(f"num_class_embeds={self.num_class_embeds!r} must be None or at least 1")
+        levels = zip(self.block_out_channels, self.down_block_types, self.up_block_types[::-1], strict=True)
+        attentive = [c for c, *types in levels if any(t.startswith("Attn") for t in types)]
+        if any(c < (self.attention_head_dim or 1) for c in attentive + [self.block_out_channels[-1]] * self.add_attention):
+            raise ValueError(f"attention_head_dim={self.attention_head_dim!r} must be at most the block_out_channels that have attention")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -89,7 +100,8 @@ class UNet2DConfig:
 
     @property
     def num_classes(self) -> int | None:
-        return None if self.num_class_embeds is None else self.num_class_embeds - 1
+        """Classes to choose from, without the last embedding, which doubles as the null class; None where that leaves none."""
+        return None if self.num_class_embeds is None or self.num_class_embeds < 2 else self.num_class_embeds - 1
 
     @property
     def config(self) -> dict[str, Any]:
@@ -137,16 +149,17 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, groups: int | None, config: UNet2DConfig, factor: float = 1.0) -> None:
         super().__init__()
-        self.heads, self.factor = channels // (config.attention_head_dim or channels), factor
+        self.width, self.factor = config.attention_head_dim or channels, factor
+        inner = channels // self.width * self.width  # fewer than channels, where the heads leave a remainder
         self.group_norm = nn.GroupNorm(groups, channels, eps=config.norm_eps) if groups else None
-        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, inner) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
         h = (x if self.group_norm is None else self.group_norm(x)).flatten(2).transpose(1, 2)  # [N, H W, C]
-        q, k, v = (f(h).unflatten(2, (self.heads, c // self.heads)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [N, H W, C]
+        q, k, v = (f(h).unflatten(2, (-1, self.width)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [N, H W, heads * width]
         out: Tensor = (self.to_out[0](h).transpose(1, 2).reshape(n, c, height, width) + x) / self.factor
         return out
 
@@ -235,7 +248,9 @@ class UNet2D(nn.Module):
             yield from stage.resnets  # type: ignore[misc]
 
     def condition(self, t: Tensor | float, labels: Tensor | None = None) -> Tensor:
-        """[N] timesteps and [N] labels -> the style of every residual block, [N, K]."""
+        """[N] timesteps and [N] labels -> the style of every residual block, [N, K]. ValueError for labels where there are no classes."""
+        if labels is not None and self.config.num_class_embeds is None:
+            raise ValueError("labels were given to a network without classes; its num_class_embeds is None")
         weight = self.conv_in.weight
         t = torch.as_tensor(t, device=weight.device).reshape(-1)
         half, config = self.config.block_out_channels[0] // 2, self.config

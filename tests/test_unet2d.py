@@ -26,6 +26,7 @@ CASES = [
     {**PLAIN, "add_attention": False, "flip_sin_to_cos": False, "freq_shift": 1},
     {"num_class_embeds": 5, "out_channels": 6, "act_fn": "swish"},
     {"sample_size": (8, 4), "in_channels": 1, "out_channels": 1, "center_input_sample": True, "time_embedding_dim": 24},
+    {"attention_head_dim": 3, "num_class_embeds": 1},
     {"mid_block_scale_factor": 2.0, "norm_eps": 1e-3, "dropout": 0.5},
     {
         "block_out_channels": (8, 12, 16), "layers_per_block": 3, "sample_size": 16,
@@ -48,7 +49,8 @@ def pair(case, dtype=torch.float64):
 def inputs(config, dtype=torch.float64, n=3):
     random = torch.Generator().manual_seed(1)
     x = torch.randn(n, *config.shape, generator=random, dtype=torch.float64).to(dtype)
-    labels = None if config.num_classes is None else torch.tensor([0, config.num_classes, 2])[:n]
+    last = None if config.num_class_embeds is None else config.num_class_embeds - 1
+    labels = None if last is None else torch.tensor([0, last, min(2, last)])[:n]
     return x, torch.tensor([0, 17, 999])[:n], labels
 
 
@@ -62,7 +64,7 @@ def test_it_computes_what_unet2dmodel_computes(case):
     wanted = theirs(x, t, labels).sample
     got = mine(x, t, labels)
     assert got.is_contiguous() and wanted.std() > 0.01
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10 * float(1 + wanted.abs().max()))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12 * float(1 + wanted.abs().max()))
     condition = mine.condition(t, labels)
     assert torch.equal(mine.body(x, condition), got)
     for i in range(3):
@@ -70,8 +72,8 @@ def test_it_computes_what_unet2dmodel_computes(case):
         torch.testing.assert_close(one, condition[i : i + 1], rtol=0, atol=1e-12)
     torch.testing.assert_close(mine(x, 17, labels), mine(x, t[1:2].expand(3), labels), rtol=0, atol=1e-12)
     if labels is not None:
-        null = torch.full((3,), mine.config.num_classes)
-        torch.testing.assert_close(mine(x, t), theirs(x, t, null).sample, rtol=0, atol=1e-10 * float(1 + wanted.abs().max()))
+        null = torch.full((3,), mine.config.num_class_embeds - 1)
+        torch.testing.assert_close(mine(x, t), theirs(x, t, null).sample, rtol=0, atol=1e-12 * float(1 + wanted.abs().max()))
 
 
 @torch.no_grad()
@@ -81,6 +83,29 @@ def test_single_precision_and_bf16():
         x, t, _ = inputs(mine.config, dtype)
         wanted, got = theirs(x, t).sample, mine(x, t)
         assert got.dtype == dtype and (got - wanted).abs().max() <= bound * (1 + wanted.abs().max())
+
+
+@pytest.mark.parametrize(("embeddings", "classes"), [(None, None), (1, None), (2, 1), (5, 4)])
+def test_the_last_embedding_is_no_class(embeddings, classes):
+    assert UNet2DConfig(num_class_embeds=embeddings).num_classes == classes
+
+
+@torch.no_grad()
+def test_timesteps_of_any_number_type():
+    """Also fractional ones. (A Python float UNet2DModel cuts to a whole number; a tensor it takes as it is.)"""
+    theirs, mine = pair({})
+    x, _, _ = inputs(mine.config)
+    for t in (17, torch.tensor(17.5), torch.tensor([17.5]), torch.tensor([1, 2, 3], dtype=torch.int32), torch.tensor([1.5, 2.25, 999.875])):
+        wanted = theirs(x, t).sample
+        torch.testing.assert_close(mine(x, t), wanted, rtol=0, atol=1e-12 * float(1 + wanted.abs().max()))
+    assert torch.equal(mine(x, 17.5), mine(x, torch.tensor(17.5)))
+
+
+def test_labels_without_classes_are_refused():
+    _, mine = pair({})
+    x, t, _ = inputs(mine.config)
+    with pytest.raises(ValueError, match="labels were given to a network without classes; its num_class_embeds is None"):
+        mine(x, t, torch.tensor([0, 0, 0]))
 
 
 def test_it_compiles_whole():
@@ -122,6 +147,13 @@ def test_defaults_are_unet2dmodels():
         ({"act_fn": "gelu"}, "act_fn must be 'silu' or 'swish'"),
         ({"block_out_channels": (8, 16, 16)}, "2 down_block_types for 3 block_out_channels; give one for each"),
         ({"sample_size": None}, "a UNet2DModel with sample_size=None does not say how large its images are"),
+        ({"downsample_padding": 2}, "downsample_padding=2 is not covered; downsample_padding must be 0 or 1"),
+        ({"sample_size": 7}, r"sample_size=7 must be a multiple of 2 \(2\^\(levels - 1\)\)"),
+        ({"num_class_embeds": 0}, "num_class_embeds=0 must be None or at least 1"),
+        ({"attention_head_dim": 32}, "attention_head_dim=32 must be at most the block_out_channels that have attention"),
+        ({"upsample_type": "resnet"}, "upsample_type='resnet' is not covered"),
+        ({"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift must be 'default' or 'scale_shift'"),
+        ({"mid_block_type": None}, "mid_block_type=None is not covered"),
         ({"dropuot": 0.1}, "unknown setting of a UNet2DModel: dropuot"),
     ],
 )
