@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, winograd
+from .fused import FusedUNet
 from .noise import counter
 from .reference import COLUMNS, SLOTS
 from .solvers import Table
@@ -66,7 +67,8 @@ class Kind(NamedTuple):
 
 
 class Network:
-    """A model as the loop calls it. Where it has `condition(t, labels)` and `body(x, condition)`, the first is a table made once for all rows."""
+    """A model as the loop calls it. Where it has `condition(t, labels)` and `body(x, condition)`, the first is a table made once for all rows; where it
+    says that it is `indexed`, `body(x, conditions, which)` looks the table up itself."""
 
     def __init__(self, model: nn.Module, num_classes: int | None, compiler: Callable[[Any], Callable[..., Any]] | None) -> None:
         self.model, self.num_classes = winograd.with_winograd(model), num_classes
@@ -74,12 +76,15 @@ class Network:
         model = self.model
         parts: tuple[Any, Any] = getattr(model, "condition", None), getattr(model, "body", None)
         self.hoisted = callable(parts[0]) and callable(parts[1])
+        self.indexed = getattr(model, "indexed", False)
         call = parts[1] if self.hoisted else model
         self.call: Callable[..., Any] = compiler(call) if compiler else call
 
     def refresh(self) -> None:
         """Take up weights that have changed since."""
         winograd.pack(self.model)
+        if isinstance(self.model, FusedUNet):
+            self.model.pack()
 
     def conditions(self, t: Tensor) -> Tensor:
         """Of timesteps [rows], for every class and the null class: [rows, classes + 1, K]."""
@@ -244,7 +249,9 @@ class Loop:
         engine, kind = self.engine, self.engine.kind
         n = 2 * self.size if guided else self.size
         x, labels = self.model_input[:n], self.labels[:n]
-        if engine.conditions is not None:
+        if engine.conditions is not None and engine.network.indexed:
+            m = engine.network.call(x, engine.conditions.flatten(0, 1), self.row * engine.conditions.shape[1] + labels)
+        elif engine.conditions is not None:
             m = engine.network.call(x, engine.conditions[self.row, labels])
         elif engine.network.hoisted:
             t = engine.timesteps[self.row].expand(n)

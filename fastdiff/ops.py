@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import reference
+from . import library, reference, tuned
 
 
 @custom_op("fastdiff::noise_words", mutates_args=())
@@ -140,6 +140,171 @@ def _(*args: Any) -> Any:
 def _(m: Tensor, x: Tensor, table: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     out = x.new_empty(x.shape, dtype=torch.promote_types(m.dtype, x.dtype))
     return out, out.new_empty(x.shape, dtype=table.dtype) if args[-1] else torch.empty_like(out)
+
+
+@custom_op("fastdiff::group_norm_silu", mutates_args=())
+def group_norm_silu(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    style: Tensor | None,
+    which: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    inverse: Tensor | None,
+) -> Tensor:
+    """GroupNorm, scale and shift, and SiLU, of channels-last images."""
+    return reference.group_norm_silu(x, gamma, beta, style, which, groups, eps, silu, inverse).contiguous()
+
+
+@group_norm_silu.register_kernel("cuda")
+def _(x: Tensor, *args: Any) -> Any:
+    from .kernels import group_norm_silu as kernel
+
+    return (library if kernel.fits(x.shape[-1], args[4]) else kernel).group_norm_silu(x, *args)
+
+
+@group_norm_silu.register_fake
+def _(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(x.shape, dtype=x.dtype if args[-1] is None else reference.FP8)
+
+
+@custom_op("fastdiff::conv3x3", mutates_args=())
+def conv3x3(
+    x: list[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    skip: list[Tensor],
+    skip_weight: Tensor | None,
+    norms: list[Tensor],
+    style: Tensor | None,
+    which: Tensor | None,
+    inverse: Tensor | None,
+    groups: int,
+    eps: float,
+    stride: int,
+    raw: bool,
+) -> list[Tensor]:
+    """A convolution of 3 x 3 with bias, skip, norms and SiLU: y if raw, and each result."""
+    return reference.conv3x3(x, weight, bias, scale, skip, skip_weight, norms, style, which, inverse, groups, eps, stride, raw)
+
+
+@conv3x3.register_kernel("cuda")
+def _(*args: Any) -> Any:
+    from .kernels import conv as kernel
+
+    x, _, _, _, skip, skip_weight, norms, _, _, _, groups, *_ = args
+    read = [v.shape[-1] for v in (x if skip_weight is None else [*x, *skip])]
+    return _chosen("conv3x3", kernel, args, read, groups if norms else None)
+
+
+def _results(x: Tensor, shape: tuple[Any, ...], dtype: torch.dtype, norms: list[Tensor], inverse: Tensor | None, raw: bool) -> list[Tensor]:
+    made = [x.new_empty(shape, dtype=dtype)] if raw else []
+    return made + [x.new_empty(shape, dtype=dtype if inverse is None else reference.FP8) for _ in range(len(norms) // 2)]
+
+
+@conv3x3.register_fake
+def _(
+    x: list[Tensor], weight: Tensor, bias: Tensor, scale: Any, skip: list[Tensor], skip_weight: Any, norms: list[Tensor], *args: Any
+) -> list[Tensor]:
+    *_, inverse, _, _, stride, raw = args
+    dtype = next((v.dtype for v in (skip_weight, *skip, weight) if v is not None and v.dtype != reference.FP8), torch.bfloat16)
+    n, height, width, _ = x[0].shape
+    shape = (n, (height - 1) // stride + 1, (width - 1) // stride + 1, weight.shape[0])
+    return _results(x[0], shape, dtype, norms, inverse, raw)
+
+
+@custom_op("fastdiff::conv_up", mutates_args=())
+def conv_up(
+    x: Tensor, weight: Tensor, bias: Tensor, norms: list[Tensor], inverse: Tensor | None, groups: int, eps: float, raw: bool
+) -> list[Tensor]:
+    """Pixels repeated, a convolution of 3 x 3, bias, norms and SiLU: y if raw, and each result."""
+    return reference.conv_up(x, weight, bias, norms, inverse, groups, eps, raw)
+
+
+@conv_up.register_kernel("cuda")
+def _(*args: Any) -> Any:
+    from .kernels import conv as kernel
+
+    x, _, _, norms, _, groups, _, _ = args
+    return _chosen("conv_up", kernel, args, [x.shape[-1]], groups if norms else None)
+
+
+@conv_up.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, norms: list[Tensor], inverse: Any, groups: int, eps: float, raw: bool) -> list[Tensor]:
+    n, height, width, _ = x.shape
+    return _results(x, (n, 2 * height, 2 * width, weight.shape[0]), x.dtype, norms, inverse, raw)
+
+
+@custom_op("fastdiff::conv_in", mutates_args=())
+def conv_in(
+    x: Tensor, weight: Tensor, bias: Tensor, norms: list[Tensor], inverse: Tensor | None, patch: int, groups: int, eps: float, raw: bool
+) -> list[Tensor]:
+    """Pixels folded into channels, a convolution of 3 x 3, bias, norms and SiLU: y if raw, and each result, channels last."""
+    return reference.conv_in(x, weight, bias, norms, inverse, patch, groups, eps, raw)
+
+
+@conv_in.register_kernel("cuda")
+def _(*args: Any) -> Any:
+    from .kernels import conv_ends as kernel
+
+    _, _, _, norms, _, _, groups, _, _ = args
+    return _chosen("conv_in", kernel, args, [], groups if norms else None)
+
+
+@conv_in.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, norms: list[Tensor], inverse: Any, patch: int, groups: int, eps: float, raw: bool
+) -> list[Tensor]:
+    n, _, height, width = x.shape
+    return _results(x, (n, height // patch, width // patch, weight.shape[0]), x.dtype, norms, inverse, raw)
+
+
+@custom_op("fastdiff::conv_out", mutates_args=())
+def conv_out(x: Tensor, weight: Tensor, bias: Tensor, patch: int) -> Tensor:
+    """A convolution of 3 x 3 and bias, channels unfolded to pixels: channels first."""
+    return reference.conv_out(x, weight, bias, patch)
+
+
+@conv_out.register_kernel("cuda")
+def _(*args: Any) -> Any:
+    from .kernels import conv_ends as kernel
+
+    return _chosen("conv_out", kernel, args, [args[0].shape[-1]], None)
+
+
+@conv_out.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, patch: int) -> Tensor:
+    n, height, width, _ = x.shape
+    return x.new_empty(n, weight.shape[0] // patch**2, height * patch, width * patch)
+
+
+def uncovered(
+    device: torch.device, dtype: torch.dtype, height: int, width: int, c_out: int, groups: int | None, *channels: int
+) -> str | None:
+    """Why a convolution of channels to c_out, with a result of height x width pixels, runs by the library on a GPU, or None where a kernel does it."""
+    from .kernels import conv as kernel
+
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (9, 0):
+        return "the kernels need a GPU of compute capability 9.0 or newer (H100, H200, B200)"
+    if dtype not in (torch.bfloat16, torch.float16, reference.FP8):
+        return f"{str(dtype).removeprefix('torch.')}: the kernels compute with 16 bits"
+    reason: str | None = kernel.fits(height, width, c_out, groups, *channels)
+    return reason
+
+
+def _chosen(op: str, kernel: Any, args: Any, read: list[int], groups: int | None) -> Any:
+    """A convolution by its kernel or by the library. read: channels that the kernel takes in steps."""
+    found, device = tuned.shape(op, args), args[1].device
+    if uncovered(device, found.dtype, found.height, found.width, 64 if op == "conv_out" else found.c_out, groups, *read) is None:
+        way, pixels = tuned.way(torch.cuda.get_device_name(device), tuned.key(*found))
+        if way == "kernel":
+            return getattr(kernel, op)(*args, pixels=pixels)
+    if op == "conv_out":
+        return library.conv_out(*args)
+    return getattr(library, op)(*args, norm=group_norm_silu)
 
 
 def direct(name: str) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ No random state: noise is a function of (seed, sample id, stream, row, element).
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
@@ -202,3 +203,158 @@ def _plus(total: Tensor, c: Tensor | float, v: Tensor) -> Tensor:
     if isinstance(c, Tensor):
         return total + c * v
     return torch.add(total, v.to(total.dtype), alpha=c) if c else total
+
+
+# Images of the network's insides are channels-last: [N, H, W, C], contiguous. e4m3 holds up to 448 in size (Micikevicius et al. 2022).
+FP8, FP8_MAX = torch.float8_e4m3fn, 448.0
+
+
+def group_norm_silu(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    style: Tensor | None,
+    which: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    inverse: Tensor | None,
+) -> Tensor:
+    """silu((norm(x) gamma + beta) (1 + scale) + shift), norm over a group of channels of an image (Wu & He 2018), computed in fp32.
+
+    x: [N, H, W, C] of any float dtype. gamma, beta: [C], of `groups` groups of neighbours. style: [M, 2 C], scale then shift, of which image i has row
+    which[i], or with which None row i; None for neither. which: int64 [N]. silu: False leaves it out. Returns x's shape and dtype, or, with inverse,
+    fp32 [1], e4m3 of inverse times that.
+    """
+    n, height, width, channels = x.shape
+    grouped = x.float().reshape(n, height * width, groups, channels // groups)
+    mean = grouped.mean((1, 3), keepdim=True)
+    variance = (grouped - mean).square().mean((1, 3), keepdim=True)
+    out = ((grouped - mean) * torch.rsqrt(variance + eps)).reshape(x.shape)
+    out = torch.addcmul(beta.float(), out, gamma.float())
+    if style is not None:
+        scale, shift = (style if which is None else style[which]).float()[:, None, None].chunk(2, dim=-1)  # [N, 1, 1, C]
+        out = torch.addcmul(shift, out, 1 + scale)
+    if silu:
+        out = F.silu(out)
+    return out.to(x.dtype) if inverse is None else to_fp8(out, inverse)
+
+
+def to_fp8(x: Tensor, inverse: Tensor) -> Tensor:
+    """e4m3 of inverse x, with what is too large at the largest."""
+    return (x.float() * inverse).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def conv3x3(
+    x: list[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    skip: list[Tensor],
+    skip_weight: Tensor | None,
+    norms: list[Tensor],
+    style: Tensor | None,
+    which: Tensor | None,
+    inverse: Tensor | None,
+    groups: int,
+    eps: float,
+    stride: int,
+    raw: bool,
+) -> list[Tensor]:
+    """A convolution of 3 x 3 pixels and what stands around it in a residual block: y, as it is and normalised, computed in fp32.
+
+        y = scale conv(x, weight) + bias + skip                 x: the given inputs side by side, as `torch.cat` has them
+        out_i = silu((norm(y) gamma_i + beta_i) (1 + s) + t)
+
+    x: one or two of [N, H, W, C], fp32, fp16, bf16 or e4m3. weight: [C', 3, 3, C] of that dtype, C over both inputs. bias: fp32 [1, C'], or [N, C'] for
+    one an image. scale: fp32 [C'], of e4m3. skip: nothing, or one tensor of y's shape, or with skip_weight [C', C''] the inputs of a convolution of one
+    pixel; fp32, fp16 or bf16. norms: gamma and beta, fp32 [C'], of no, one or two results. style: s and t for the first of them, and which, see
+    group_norm_silu. inverse: fp32 [results], for results in e4m3. stride: 1 or 2, with one pixel of zeros around.
+
+    Returns y, if raw, and each result, [N, H / stride, W / stride, C'], in skip_weight's dtype, or skip's, or weight's, or bf16 for e4m3.
+    """
+    wide = torch.cat([v.float() for v in x], dim=-1).permute(0, 3, 1, 2)
+    y = F.conv2d(wide, weight.float().permute(0, 3, 1, 2), stride=stride, padding=1).permute(0, 2, 3, 1)
+    if scale is not None:
+        y = y * scale
+    y = y + bias[:, None, None].float()
+    if skip_weight is not None:
+        y = y + torch.cat([v.float() for v in skip], dim=-1) @ skip_weight.float().T
+    elif skip:
+        y = y + skip[0].float()
+    dtype = next((v.dtype for v in (skip_weight, *skip, weight) if v is not None and v.dtype != FP8), torch.bfloat16)
+    return _results(y, dtype, norms, style, which, inverse, groups, eps, raw)
+
+
+def _results(
+    y: Tensor,
+    dtype: torch.dtype,
+    norms: list[Tensor],
+    style: Tensor | None,
+    which: Tensor | None,
+    inverse: Tensor | None,
+    groups: int,
+    eps: float,
+    raw: bool,
+) -> list[Tensor]:
+    """y in fp32 -> what an epilogue writes of it."""
+    found = [y.to(dtype).contiguous()] if raw else []
+    for i in range(len(norms) // 2):
+        own = (style, which) if i == 0 else (None, None)
+        made = group_norm_silu(y, norms[2 * i], norms[2 * i + 1], *own, groups, eps, True, None if inverse is None else inverse[i : i + 1])
+        found.append((made.to(dtype) if inverse is None else made).contiguous())
+    return found
+
+
+def conv_up(
+    x: Tensor, weight: Tensor, bias: Tensor, norms: list[Tensor], inverse: Tensor | None, groups: int, eps: float, raw: bool
+) -> list[Tensor]:
+    """Every pixel repeated 2 x 2 times and a convolution of 3 x 3 pixels: a transposed convolution of 4 x 4, `up_weight` of the 3 x 3 one's weight.
+
+    x: [N, H, W, C], fp32, fp16 or bf16. weight: [C', 4, 4, C]. bias: fp32 [1, C']. The rest as conv3x3's. Returns y, if raw, and each result,
+    [N, 2 H, 2 W, C'], in x's dtype, or results in e4m3.
+    """
+    y = F.conv_transpose2d(x.float().permute(0, 3, 1, 2), weight.float().permute(3, 0, 1, 2), stride=2, padding=1).permute(0, 2, 3, 1)
+    return _results(y + bias[:, None, None].float(), x.dtype, norms, None, None, inverse, groups, eps, raw)
+
+
+def up_weight(weight: Tensor) -> Tensor:
+    """[C', 3, 3, C] -> [C', 4, 4, C]: rows and columns (w2, w1 + w2, w0 + w1, w0), since a repeated pixel meets two taps at once."""
+    repeat = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+    return torch.einsum("ai,bj,oijc->oabc", repeat, repeat, weight).contiguous()
+
+
+def fold(x: Tensor, patch: int) -> Tensor:
+    """F.pixel_unshuffle, [N, C, H, W] -> [N, C patch^2, H / patch, W / patch], for no images too, which that leaves as they are."""
+    n, channels, height, width = x.shape
+    split = x.reshape(n, channels, height // patch, patch, width // patch, patch)
+    return split.permute(0, 1, 3, 5, 2, 4).reshape(n, channels * patch**2, height // patch, width // patch)
+
+
+def unfold(x: Tensor, patch: int) -> Tensor:
+    """F.pixel_shuffle, the inverse of `fold`."""
+    n, channels, height, width = x.shape
+    split = x.reshape(n, channels // patch**2, patch, patch, height, width)
+    return split.permute(0, 1, 4, 2, 5, 3).reshape(n, channels // patch**2, height * patch, width * patch)
+
+
+def conv_in(
+    x: Tensor, weight: Tensor, bias: Tensor, norms: list[Tensor], inverse: Tensor | None, patch: int, groups: int, eps: float, raw: bool
+) -> list[Tensor]:
+    """The first convolution: patch x patch pixels folded into channels (`F.pixel_unshuffle`), then 3 x 3 of them, from channels first to last.
+
+    x: [N, C, H, W], fp32, fp16 or bf16. weight: [C', 3, 3, C patch^2] of that dtype. bias: fp32 [1, C']. The rest as conv3x3's. Returns y, if raw,
+    and each result, [N, H / patch, W / patch, C'], in x's dtype, or results in e4m3.
+    """
+    y = F.conv2d(fold(x.float(), patch), weight.float().permute(0, 3, 1, 2), padding=1).permute(0, 2, 3, 1)
+    return _results(y + bias[:, None, None].float(), x.dtype, norms, None, None, inverse, groups, eps, raw)
+
+
+def conv_out(x: Tensor, weight: Tensor, bias: Tensor, patch: int) -> Tensor:
+    """The last convolution, 3 x 3, its channels unfolded to patch x patch pixels (`F.pixel_shuffle`), from channels last to first.
+
+    x: [N, H, W, C], fp32, fp16 or bf16. weight: [C' patch^2, 3, 3, C] of that dtype. bias: fp32 [C' patch^2]. Returns [N, C', H patch, W patch] in
+    x's dtype.
+    """
+    y = F.conv2d(x.float().permute(0, 3, 1, 2), weight.float().permute(0, 3, 1, 2), bias.float(), padding=1)
+    return unfold(y, patch).to(x.dtype).contiguous()

@@ -20,7 +20,7 @@ from .files import atomic_write, make_folder
 from .sampler import Sampler
 
 PROG = "python -m fastdiff.sample"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": "fp8"}
 GRID_COLUMNS = 20
 
 
@@ -70,14 +70,16 @@ def parser() -> cli.Parser:
         "--dtype",
         choices=list(DTYPES),
         metavar="TYPE",
-        help=f"of the network: {', '.join(DTYPES)} (bfloat16 on cuda, float32 on cpu)",
+        help=f"of the network: {', '.join(DTYPES)} (bfloat16 on cuda, float32 on cpu); fp8, for an H100 or newer, is bfloat16 with "
+        "coarser residual blocks",
     )
     p.add_argument("--micro-batch", type=cli.whole(1), metavar="N", help="images worked on at a time (what suits the device)")
     p.add_argument(
         "--compile",
-        choices=["auto", "yes", "no"],
+        choices=["auto", "yes", "no", "fused"],
         default="auto",
-        help="compile the network: seconds to minutes the first time, then faster (auto: on cuda, and on a cpu where --warmup found it faster)",
+        help="compile the network: seconds to minutes the first time, then faster; fused: run it by fastdiff's own kernels, on an H100 or newer "
+        "(auto: what --warmup found to be the fastest, else yes on cuda and no on a cpu)",
     )
     p.add_argument(
         "--warmup",
@@ -149,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         options["spacing"] = args.spacing
     sampler = checkpoint.sampler(
         solver=args.solver, steps=args.steps, device=device, dtype=DTYPES.get(args.dtype), micro_batch=args.micro_batch or "auto",
-        compile={"yes": True, "no": False}.get(args.compile, "auto"), **options,
+        compile={"yes": True, "no": False}.get(args.compile, args.compile), **options,
     )  # fmt: skip
     if args.warmup:
         return warm_up(sampler, bool(kinds) and args.guidance != 1, args.json)

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import noise, solvers, ways
+from . import fused, noise, solvers, tuned, ways
 from .devices import pick_device
 from .loop import BUILDING, CHUNK, Engine, Guide, Kind, Loop, Network, State, answered
 from .noise import column64, signed
 from .schedules import Schedule, whole
+from .unet import UNet
 
 __all__ = ["Sampler", "State", "Trajectory"]
 
@@ -36,6 +37,8 @@ AUTO_ROWS = {"cpu": 64, "cuda": 1024}
 FEWER_ROWS = (32, 16)
 # Compiled code is made for one shape only, so it is one that suits few images and many.
 COMPILED_ROWS = 32
+# Images that the scales of fp8 are taken from: a few of every class, over the whole of the solver's walk.
+CALIBRATED = 64
 # Kinds of loops that are kept. Each holds its buffers, and on CUDA its graphs; the least recently used goes.
 KEPT = 4
 
@@ -82,8 +85,11 @@ class Sampler:
     eta, variance, ...): see `fastdiff.solvers`; a `solvers.Table` as solver is taken as it is. clip: x_0 is clamped to [-clip, clip], None for
     not. threshold: dynamic thresholding at that quantile (0.995, say) instead; it sorts every image in every row, outside the fused update.
     device, dtype: default where the model's parameters are, and fp32 on the CPU, bf16 on CUDA; where they differ from the model's own, a copy
-    is sampled from, of the weights as they are now. compile: "auto" takes what `measure` has found to be the fastest here, else compiles on
-    CUDA and runs eagerly on the CPU; compiled code for the CPU has the weights built in, as they were at the first call. micro_batch: images
+    is sampled from, of the weights as they are now. "fp8" is bf16 (on a CPU fp32) in which residual blocks convolve e4m3 numbers, of fixed scales that
+    come from a first sampling: for GPUs of compute capability 9.0 or newer; on a CPU it shows what images come out. compile: how the network runs,
+    True compiled, False eagerly, "fused" by fastdiff's own kernels (`fastdiff.fused`: a `fastdiff.UNet`; on a CPU by their definition, which is not
+    fast); "auto" takes what `measure` has found to be the fastest here, else compiles on CUDA and runs eagerly on the CPU. Compiled code for the CPU
+    has the weights built in, as they were at the first call. micro_batch: images
     worked on at a time, "auto" for the device's best, halved when memory runs out. All work is done in micro-batches of one shape, the last one
     filled up, so an image depends on its seed and id, not on how many are made with it. On the CPU each core runs its own micro-batches on one
     thread, so it does not depend on the number of threads either.
@@ -104,7 +110,7 @@ class Sampler:
         num_classes: int | None = None,
         clip: float | None = 1.0,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         compile: bool | str = "auto",
         micro_batch: int | str = "auto",
         threshold: float | None = None,
@@ -112,13 +118,21 @@ class Sampler:
     ) -> None:
         own = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
         self.device = pick_device(own.device if device is None else device)
-        self.dtype = (torch.bfloat16 if self.device.type == "cuda" else torch.float32) if dtype is None else dtype
-        if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"dtype is {dtype!r}; give torch.float32, torch.bfloat16 or torch.float16")
+        self.fp8 = dtype == "fp8"
+        if dtype is None or self.fp8:
+            dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f'dtype is {dtype!r}; give torch.float32, torch.bfloat16, torch.float16 or "fp8"')
+        self.dtype = dtype
         if micro_batch != "auto" and (not whole(micro_batch) or int(micro_batch) < 1):
             raise ValueError(f'micro_batch is {micro_batch!r}; give a whole number of at least 1, or "auto"')
-        if compile not in (True, False, "auto"):
-            raise ValueError(f'compile is {compile!r}; give True, False or "auto"')
+        if compile not in (True, False, "auto", "fused"):
+            raise ValueError(f'compile is {compile!r}; give True, False, "fused" or "auto"')
+        if self.fp8:
+            self._check_fp8(compile)
+            compile = "fused"
+        if compile == "fused" and not isinstance(model, UNet):
+            raise ValueError(f'compile="fused" runs a fastdiff.UNet; for {type(model).__name__} see fastdiff.accelerate')
         if threshold is not None and not (_real(threshold) and 0 < threshold <= 1):
             raise ValueError(f"threshold is {threshold!r}; give a quantile above 0 and at most 1, such as 0.995, or None")
         self.schedule, self.solver, self.options, self.threshold = schedule, solver, options, threshold
@@ -131,7 +145,7 @@ class Sampler:
             model = copy.deepcopy(model).to(self.device, self.dtype)
         self.model = model
         self._asked = compile
-        self.compile = bool(compile) if compile != "auto" else self._recalled() == "compiled"
+        self._run_by({True: "compiled", False: "eager", "auto": self._recalled()}.get(compile, "fused"))
         self._network: Network | None = None
         self._engines: collections.OrderedDict[Kind, Engine] = collections.OrderedDict()
         self._equal: tuple[int, ...] | None = None
@@ -145,8 +159,20 @@ class Sampler:
 
     @property
     def way(self) -> str:
-        """How the network runs: "eager" or "compiled", and on CUDA whether out of a CUDA graph."""
-        return ("compiled" if self.compile else "eager") + (", captured" if self.device.type == "cuda" else "")
+        """How the network runs: "eager", "compiled", "fused" or "fused, fp8", and on CUDA whether out of a CUDA graph."""
+        return self._way + ", fp8" * self.fp8 + ", captured" * (self.device.type == "cuda")
+
+    def _run_by(self, way: str) -> None:
+        self._way, self.compile = way, way == "compiled"
+
+    def _check_fp8(self, compile: bool | str) -> None:
+        if compile not in ("auto", "fused"):
+            raise ValueError(f'dtype="fp8" is computed by fastdiff\'s own kernels; give compile="fused", or leave it out, not {compile!r}')
+        if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) < (9, 0):
+            name = torch.cuda.get_device_name(self.device)
+            raise ValueError(
+                f'dtype="fp8" needs a GPU of compute capability 9.0 or newer (H100, H200, B200), which {name} is not; give torch.bfloat16'
+            )
 
     def _table(self, solver: str | solvers.Table | None = None, steps: int | None = None, **options: Any) -> solvers.Table:
         """The rows for a solver and steps of one call, by default the sampler's own, with its options where the solver is its own."""
@@ -227,7 +253,8 @@ class Sampler:
         return time.perf_counter() - began
 
     def measure(self, guided: bool = False, rounds: int = 5) -> dict[str, float]:
-        """Milliseconds of one row, for each way the network can run here: "eager", "compiled". Median of `rounds`, interleaved.
+        """Milliseconds of one row, for each way the network can run here: "eager", "compiled", and of a UNet on CUDA "fused". Median of `rounds`,
+        interleaved.
 
         What is fastest is remembered for this kind of network, number of rows, device and version of torch, in a file of the user's cache
         ($FASTDIFF_CACHE), where `compile="auto"` looks it up. Compiling takes from seconds to minutes, the first time.
@@ -235,17 +262,20 @@ class Sampler:
         found: dict[str, list[float]] = {}
         with self._lock, torch.no_grad():
             runs: dict[str, Callable[[], None]] = {}
-            for way in ("eager", "compiled"):
+            own = isinstance(self.model, UNet) and self.device.type == "cuda"
+            for way in ("eager", "compiled", *(["fused"] if own else [])):
                 other = Sampler(
                     self.model, self.schedule, self.shape, num_classes=self.num_classes, device=self.device, dtype=self.dtype,
-                    compile=way == "compiled", micro_batch=self.measured_rows // (2 if guided else 1), **{**self._always, **self._settings()},
+                    compile={"eager": False, "compiled": True}.get(way, way), micro_batch=self.measured_rows // (2 if guided else 1),
+                    **{**self._always, **self._settings()},
                 )  # fmt: skip
                 try:
                     other.warmup(guided)
                 except Exception as e:
                     if way == "eager":
                         raise
-                    warnings.warn(f"the network cannot be compiled here: {(str(e).splitlines() or [type(e).__name__])[0]}", stacklevel=2)
+                    what = {"compiled": "be compiled", "fused": "run by fastdiff's kernels"}[way]
+                    warnings.warn(f"the network cannot {what} here: {(str(e).splitlines() or [type(e).__name__])[0]}", stacklevel=2)
                     continue
                 runs[way] = functools.partial(other._time, guided)
             for _ in range(rounds):
@@ -255,8 +285,10 @@ class Sampler:
                     found.setdefault(way, []).append((time.perf_counter() - began) * 1e3)
         result = {way: sorted(times)[len(times) // 2] for way, times in found.items()}
         ways.remember(self._key(), result)
-        if self._asked == "auto" and (min(result, key=result.__getitem__) == "compiled") != self.compile:
-            self.compile, self._network, self._equal = not self.compile, None, None
+        best = min(result, key=result.__getitem__)
+        if self._asked == "auto" and not self.fp8 and best != self._way:
+            self._run_by(best)
+            self._network, self._equal = None, None
             self._engines.clear()
         return result
 
@@ -283,15 +315,48 @@ class Sampler:
 
     def _recalled(self) -> str:
         found = ways.recall(self._key())
-        return min(found, key=found.__getitem__) if found else "compiled" if self.device.type == "cuda" else "eager"
+        if found:
+            return min(found, key=found.__getitem__)
+        if self.device.type != "cuda":
+            return "eager"
+        shipped = tuned.table().get(torch.cuda.get_device_name(self.device), {})
+        return shipped.get(f"network {ways.digest(self.model)} {str(self.dtype).removeprefix('torch.')}", "compiled")
 
     def _take_network(self) -> Network:
         if self._network is None:
             compiler = functools.partial(_compiled, cuda=self.device.type == "cuda") if self.compile else None
             # Compiled for a CPU the weights are constants, so all that depends on them must be of the same moment.
             frozen = self.compile and self.device.type == "cpu"
-            self._network = Network(copy.deepcopy(self.model).eval() if frozen else self.model, self.num_classes, compiler)
+            model = copy.deepcopy(self.model).eval() if frozen else self.model
+            if self._way == "fused":
+                model = self._fused()
+            self._network = Network(model, self.num_classes, compiler)
         return self._network
+
+    def _fused(self) -> fused.FusedUNet:
+        """The model by fastdiff's kernels. Says which convolutions they do not cover."""
+        assert isinstance(self.model, UNet)
+        made = fused.FusedUNet(self.model)
+        if self.fp8:
+            made = fused.calibrate(made, self._walk)
+        if missing := made.uncovered():
+            name, reason = next(iter(missing.items()))
+            number = f"{len(missing)} of {len(made.convolutions())} convolutions"
+            warnings.warn(f"{number} run by PyTorch's own operations: {name}, for one, has {reason}", stacklevel=3)
+        return made
+
+    def _walk(self, model: nn.Module) -> None:
+        """Walk some images from noise to their end, eagerly."""
+        kind = self._kind(self.table, False, CALIBRATED, threshold=self.threshold)
+        with torch.no_grad(), _evaluating(self.model):
+            engine = Engine(Network(model, self.num_classes, None), kind, self.shape, self.device, self.dtype, capture=False)
+            engine.load(self.table)
+            engine.grow(1)
+            (loop,) = engine.loops
+            ids = torch.arange(CALIBRATED, device=self.device)
+            labels = None if self.num_classes is None else ids % (self.num_classes + 1)
+            loop.begin(torch.zeros_like(ids), ids, labels, torch.ones(CALIBRATED, device=self.device))
+            loop.advance(False, len(self.table))
 
     def _kind(
         self,

@@ -26,12 +26,16 @@ def keep_compiled() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(path().parent / "inductor"))
 
 
+def digest(model: nn.Module) -> str:
+    """A network's class and the shapes of its weights."""
+    shape = [type(model).__qualname__, *(f"{name} {list(v.shape)}" for name, v in model.state_dict().items())]
+    return hashlib.sha256("\n".join(shape).encode()).hexdigest()[:16]
+
+
 def key(model: nn.Module, device: torch.device, dtype: torch.dtype, rows: int) -> str:
     """What decides the speed: the network's class and the shapes of its weights, rows, dtype, device and torch."""
-    shape = [type(model).__qualname__, *(f"{name} {list(v.shape)}" for name, v in model.state_dict().items())]
-    digest = hashlib.sha256("\n".join(shape).encode()).hexdigest()[:16]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
-    return f"{digest}, {rows} rows, {str(dtype).removeprefix('torch.')}, {name}, torch {torch.__version__}"
+    return f"{digest(model)}, {rows} rows, {str(dtype).removeprefix('torch.')}, {name}, torch {torch.__version__}"
 
 
 def _read() -> dict[str, dict[str, float]]:

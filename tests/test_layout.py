@@ -13,9 +13,10 @@ PACKAGE = ROOT / "fastdiff"
 
 # A module may import those of the lines above its own, and what its line names of its own.
 LAYERS = [
-    {"schedules", "reference", "files", "data", "unet", "unet2d", "cli", "devices", "winograd"},
-    {"solvers", "ops", "ways"},
-    {"noise"},
+    {"schedules", "reference", "files", "data", "unet", "unet2d", "cli", "devices", "winograd", "tuned"},
+    {"solvers", "library", "ways"},
+    {"ops"},
+    {"noise", "fused", "rewrite"},
     {"loop"},
     {"sampler", "likelihood"},
     {"checkpoint"},

@@ -5,14 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import convolutions as make
 import pytest
 import torch
+from helpers import SMALL, small_network
 
 from fastdiff import ops, reference
+from fastdiff.fused import FusedUNet
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 SHAPE = (3, 4, 4)
+NETWORK = make.DTYPES[0]
 
 
 def stream(n):
@@ -79,6 +83,16 @@ CASES = [
     # With slots: opcheck cannot clone a tensor of two sizes of 0 (torch 2.13, clone_input).
     pytest.param(ops.solver_step, lambda: solver_step_arguments(0, slots=3), id="solver_step-empty"),
     pytest.param(ops.solver_step, lambda: solver_step_arguments(0, slots=3, variance=True), id="solver_step-empty-variance"),
+    pytest.param(ops.group_norm_silu, lambda: make.group_norm_silu((3, 4, 4, 64), 8, NETWORK, style=True), id="group_norm_silu"),
+    pytest.param(ops.group_norm_silu, lambda: make.group_norm_silu((2, 5, 7, 12), 2, NETWORK, silu=False), id="group_norm_silu-odd"),
+    pytest.param(ops.conv3x3, lambda: make.conv3x3(3, 4, (64,), 64, NETWORK, same=True, results=2), id="conv3x3"),
+    pytest.param(ops.conv3x3, lambda: make.conv3x3(3, 4, (64, 32), 64, NETWORK, skip=(64, 32), style=True), id="conv3x3-two"),
+    pytest.param(ops.conv3x3, lambda: make.conv3x3(3, 7, (24,), 40, NETWORK, stride=2, raw=False), id="conv3x3-halved"),
+    pytest.param(ops.conv3x3, lambda: make.conv3x3(0, 4, (64,), 64, NETWORK, style=True), id="conv3x3-empty"),
+    pytest.param(ops.conv_up, lambda: make.conv_up(3, 4, 64, 64, NETWORK, results=2), id="conv_up"),
+    pytest.param(ops.conv_in, lambda: make.conv_in(3, (3, 8, 8), 2, 64, NETWORK), id="conv_in"),
+    pytest.param(ops.conv_in, lambda: make.conv_in(3, (3, 6, 6), 1, 24, NETWORK, results=0), id="conv_in-odd"),
+    pytest.param(ops.conv_out, lambda: make.conv_out(3, 4, 64, 3, 2, NETWORK), id="conv_out"),
 ]
 
 
@@ -107,6 +121,16 @@ def test_compile_through_every_op(slots, variance):
         arguments = solver_step_arguments(n, halves=2, slots=slots, variance=variance)
         for got, wanted in zip(compiled(*map(torch.clone, arguments)), sampled(*map(torch.clone, arguments)), strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-5)
+
+
+def test_a_fused_network_is_one_graph():
+    """Its launches are opaque to the compiler, which may fuse what stands between them: nothing, here."""
+    network = FusedUNet(small_network().to(DEVICE, NETWORK))
+    x, t = torch.randn(3, *SMALL.shape, device=DEVICE).to(NETWORK), torch.arange(3, device=DEVICE)
+    torch._dynamo.reset()
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x, t, t), network(x, t, t))
 
 
 @pytest.mark.skipif(CUDA, reason="on a GPU the op is the kernel, tested against the reference")
