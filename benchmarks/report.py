@@ -75,13 +75,24 @@ def sections(rows: list[Row]) -> list[str]:
 
     for row in rows:
         kind = row["name"].partition("[")[0].removeprefix("test_")
-        if kind in ("solver_step", "add_noise"):
+        if kind in ("solver_step", "add_noise", "group_norm_silu"):
             add(
                 f"Kernels: {where(row)}",
                 ["case", "us", "GB/s", "of a copy", "against eager", "against compiled"],
                 [
                     row["name"].removeprefix("test_"), f"{row['ours_us']:.1f}", f"{row['gb_per_s']:.0f}", f"{row['fraction_of_copy']:.2f}",
                     ratio(row, "eager"), ratio(row, "compiled"),
+                ],
+            )  # fmt: skip
+        elif kind == "blocks":
+            n, _, side, c_out = row["shape"]
+            add(
+                f"Residual blocks, two launches each: {where(row)}",
+                ["block", "us", "TFLOP/s", "of a matrix product", "GB/s", "against eager", "against compiled", "against fused bf16"],
+                [
+                    f"{row['kind']}, {' + '.join(map(str, row['channels']))} to {c_out} @ {side}, {n} images", f"{row['ours_us']:.1f}",
+                    f"{row['ours_tflop_per_s']:.3g}", f"{row['fraction_of_matmul']:.2f}", f"{row['gb_per_s']:.0f}",
+                    *(ratio(row, peer) for peer in ("eager", "compiled", "bfloat16")),
                 ],
             )  # fmt: skip
         elif kind == "sampler":

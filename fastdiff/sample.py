@@ -21,6 +21,7 @@ from .sampler import Sampler
 
 PROG = "python -m fastdiff.sample"
 DTYPES: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": "fp8"}
+WAYS: dict[str, Any] = {"yes": True, "no": False}
 GRID_COLUMNS = 20
 
 
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         options["spacing"] = args.spacing
     sampler = checkpoint.sampler(
         solver=args.solver, steps=args.steps, device=device, dtype=DTYPES.get(args.dtype), micro_batch=args.micro_batch or "auto",
-        compile={"yes": True, "no": False}.get(args.compile, args.compile), **options,
+        compile=WAYS.get(args.compile, args.compile), **options,
     )  # fmt: skip
     if args.warmup:
         return warm_up(sampler, bool(kinds) and args.guidance != 1, args.json)

@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .philox import ptx
 
 # Pixels of a program, the most first: fewer where a batch would leave processors without a program. For each and for 64 or 128 output channels:
-# warps and stages. By registers (no spills with three results, offline for sm_90 and sm_100) and shared memory; not timed on a GPU yet.
+# warps and stages. By registers (no spills with three results, triton 3.6, 3.7 and 3.9 for sm_90 and sm_100) and shared memory; not timed yet.
 TILES = {(64, 256): (8, 2), (64, 128): (4, 3), (64, 64): (4, 3), (128, 256): (8, 3), (128, 128): (8, 3), (128, 64): (4, 3)}
 PIXELS = (256, 128, 64)
 
@@ -56,10 +56,10 @@ def store(desc, v, n0, c0, H: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def coefficients(gamma_ptr, beta_ptr, style_ptr, which_ptr, style_stride, rstd, co, image, CO: tl.constexpr):
-    """What a deviation from its group's mean is multiplied by, and what is then added, [BM, NI] each."""
-    mul = tl.load(gamma_ptr + co)[:, None] * rstd
-    add = tl.broadcast_to(tl.load(beta_ptr + co)[:, None], mul.shape)
+def coefficients(gamma_ptr, beta_ptr, style_ptr, which_ptr, style_stride, co, image, CO: tl.constexpr):
+    """What a normalised value is multiplied by, and what is then added, [BM, 1], or [BM, NI] with a style."""
+    mul = tl.load(gamma_ptr + co)[:, None]
+    add = tl.load(beta_ptr + co)[:, None]
     if style_ptr is not None:
         row = image.to(tl.int64)
         if which_ptr is not None:
@@ -72,9 +72,9 @@ def coefficients(gamma_ptr, beta_ptr, style_ptr, which_ptr, style_stride, rstd, 
 
 
 @triton.jit
-def result(deviation, mul, add, inverse_ptr, PTX: tl.constexpr):
-    """silu(deviation mul + add), times inverse where the result is e4m3."""
-    out = silu_of(deviation * mul[:, :, None] + add[:, :, None], PTX)
+def result(y, mul, add, inverse_ptr, PTX: tl.constexpr):
+    """silu(y mul + add), times inverse where the result is e4m3."""
+    out = silu_of(y * mul[:, :, None] + add[:, :, None], PTX)
     if inverse_ptr is not None:
         out = tl.clamp(out * tl.load(inverse_ptr), -448.0, 448.0)
     return out
@@ -143,14 +143,14 @@ def conv3x3_kernel(
     if raw_desc is not None:
         store(raw_desc, y, n0, m0, H, W)
     if out_desc is not None:
-        # Deviations take the place of y: no more registers, and none of the cancellation of a mean of squares.
+        # In the place of y: no more registers, and none of the cancellation of a mean of squares.
         y -= of_group(group_sum(y, G) / (HW * (BM // G)), BM)[:, :, None]
-        rstd = of_group(tl.rsqrt(group_sum(y * y, G) / (HW * (BM // G)) + EPS), BM)
-        if out2_desc is not None:
-            mul, add = coefficients(gamma2_ptr, beta2_ptr, None, None, 0, rstd, co, image, CO)
-            store(out2_desc, result(y, mul, add, None if inverse_ptr is None else inverse_ptr + 1, PTX), n0, m0, H, W)
-        mul, add = coefficients(gamma_ptr, beta_ptr, style_ptr, which_ptr, style_stride, rstd, co, image, CO)
+        y *= of_group(tl.rsqrt(group_sum(y * y, G) / (HW * (BM // G)) + EPS), BM)[:, :, None]
+        mul, add = coefficients(gamma_ptr, beta_ptr, style_ptr, which_ptr, style_stride, co, image, CO)
         store(out_desc, result(y, mul, add, inverse_ptr, PTX), n0, m0, H, W)
+        if out2_desc is not None:
+            mul, add = coefficients(gamma2_ptr, beta2_ptr, None, None, 0, co, image, CO)
+            store(out2_desc, result(y, mul, add, None if inverse_ptr is None else inverse_ptr + 1, PTX), n0, m0, H, W)
 
 
 @triton.jit
@@ -220,13 +220,17 @@ def conv_up_kernel(
         y10 -= mean
         y11 -= mean
         square = group_sum(y00 * y00, G) + group_sum(y01 * y01, G) + group_sum(y10 * y10, G) + group_sum(y11 * y11, G)
-        rstd = of_group(tl.rsqrt(square / number + EPS), BM)
+        rstd = of_group(tl.rsqrt(square / number + EPS), BM)[:, :, None]
+        y00 *= rstd
+        y01 *= rstd
+        y10 *= rstd
+        y11 *= rstd
+        mul, add = coefficients(gamma_ptr, beta_ptr, None, None, 0, co, image, CO)
+        store_phases(out_ptr + first, at, below, y00, y01, y10, y11, mul, add, inverse_ptr, written, CO, PTX)
         if out2_ptr is not None:
-            mul, add = coefficients(gamma2_ptr, beta2_ptr, None, None, 0, rstd, co, image, CO)
+            mul, add = coefficients(gamma2_ptr, beta2_ptr, None, None, 0, co, image, CO)
             other = None if inverse_ptr is None else inverse_ptr + 1
             store_phases(out2_ptr + first, at, below, y00, y01, y10, y11, mul, add, other, written, CO, PTX)
-        mul, add = coefficients(gamma_ptr, beta_ptr, None, None, 0, rstd, co, image, CO)
-        store_phases(out_ptr + first, at, below, y00, y01, y10, y11, mul, add, inverse_ptr, written, CO, PTX)
 
 
 def tile(n: int, height: int, width: int, c_out: int, processors: int, pixels: int | None = None) -> dict[str, int]:
@@ -236,7 +240,7 @@ def tile(n: int, height: int, width: int, c_out: int, processors: int, pixels: i
     if pixels is None:
         pixels = next((size for size in sizes if n * height * width // size * (c_out // m) >= processors), sizes[-1])
     warps, stages = TILES[m, pixels]
-    return {"NI": pixels // (height * width), "BM": m, "STAGES": stages, "num_warps": warps}
+    return {"NI": pixels // (height * width), "BM": m, "STAGES": stages, "num_warps": warps, "enable_fp_fusion": True}
 
 
 def chunk(*tensors: Tensor) -> int:

@@ -71,12 +71,12 @@ def conv_in_kernel(
         store(raw_desc, y, n0, m0, H, W)
     if out_desc is not None:
         y -= of_group(group_sum(y, G) / (HW * (BM // G)), BM)[:, :, None]
-        rstd = of_group(tl.rsqrt(group_sum(y * y, G) / (HW * (BM // G)) + EPS), BM)
-        if out2_desc is not None:
-            mul, add = coefficients(gamma2_ptr, beta2_ptr, None, None, 0, rstd, co, None, CO)
-            store(out2_desc, result(y, mul, add, None if inverse_ptr is None else inverse_ptr + 1, PTX), n0, m0, H, W)
-        mul, add = coefficients(gamma_ptr, beta_ptr, None, None, 0, rstd, co, None, CO)
+        y *= of_group(tl.rsqrt(group_sum(y * y, G) / (HW * (BM // G)) + EPS), BM)[:, :, None]
+        mul, add = coefficients(gamma_ptr, beta_ptr, None, None, 0, co, None, CO)
         store(out_desc, result(y, mul, add, inverse_ptr, PTX), n0, m0, H, W)
+        if out2_desc is not None:
+            mul, add = coefficients(gamma2_ptr, beta2_ptr, None, None, 0, co, None, CO)
+            store(out2_desc, result(y, mul, add, None if inverse_ptr is None else inverse_ptr + 1, PTX), n0, m0, H, W)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -157,6 +157,6 @@ def conv_out(x: Tensor, weight: Tensor, bias: Tensor, patch: int, pixels: int | 
             conv_out_kernel[(triton.cdiv(n, plan["NI"]),)](
                 y, images(x, [plan["NI"], height, width, k]), TensorDescriptor.from_tensor(weight.view(folded, -1), [wide, k]), bias, n,
                 H=height, W=width, NI=plan["NI"], C=channels, F=folded, BF=wide, PATCH=patch, BK=k, STAGES=plan["STAGES"],
-                num_warps=plan["num_warps"],
+                num_warps=plan["num_warps"], enable_fp_fusion=True,
             )  # fmt: skip
     return y

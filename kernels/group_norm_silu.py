@@ -128,6 +128,6 @@ def group_norm_silu(
             group_norm_silu_kernel[(n * (channels // mine),)](
                 y, x, gamma, beta, style, which, 0 if style is None else style.stride(0), inverse,
                 HW=pixels, C=channels, BC=mine, BP=at_once, CG=size, EPS=eps, SILU=silu, PTX=fast(x.device, x.dtype),
-                num_warps=max(4, min(16, at_once * mine // 1024)),
+                num_warps=max(4, min(16, at_once * mine // 1024)), enable_fp_fusion=True,
             )  # fmt: skip
     return y

@@ -24,6 +24,7 @@ from codegen import LINE, compile_offline, cuobjdump
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv", torch.int64: "i64",
 }  # fmt: skip
+OPTIONS = ("num_warps", "enable_fp_fusion")
 
 
 class Launch:
@@ -86,7 +87,7 @@ def report(fn: Any, args: tuple[Any, ...], constants: dict[str, Any], arch: int)
     """Resources and opcodes of one launch."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    types, fixed = {}, {key: value for key, value in constants.items() if key != "num_warps"}
+    types, fixed = {}, {key: value for key, value in constants.items() if key not in OPTIONS}
     for name, value in zip(fn.arg_names, args, strict=False):
         if value is None:
             fixed[name] = None
@@ -94,7 +95,7 @@ def report(fn: Any, args: tuple[Any, ...], constants: dict[str, Any], arch: int)
             types[name] = f"tensordesc<{TYPES[value.base.dtype]}{str(list(value.block_shape)).replace(' ', '')}>"
         else:
             types[name] = f"*{TYPES[value.dtype]}" if isinstance(value, torch.Tensor) else "i32"
-    compiled = compile_offline(fn, types, fixed, arch, {"num_warps": constants.get("num_warps", 4)})
+    compiled = compile_offline(fn, types, fixed, arch, {key: constants[key] for key in OPTIONS})
     usage = cuobjdump(compiled["cubin"], "-res-usage")
     used = {key: int(usage.partition(f"{key}:")[2].split()[0]) for key in ("REG", "STACK", "LOCAL")}
     opcodes = collections.Counter(opcode for _, _, opcode, _ in LINE.findall(cuobjdump(compiled["cubin"], "-sass")))

@@ -1,6 +1,7 @@
 """The loop: its steps as graphs and one by one, what they touch, and what works on x_0 or x between the network and the next row."""
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import math
@@ -64,6 +65,7 @@ VARIANTS = {
     "painted": ({"solver": "ddpm"}, {"known": some_images(6), "mask": HALF, "guidance": 2.0}),
     "threshold": ({"threshold": 0.8}, {"guidance": 2.0}),
     "start": ({"solver": "ddpm"}, {"x_start": some_images(6), "strength": 0.8}),
+    "fused": ({"compile": "fused", "dtype": torch.bfloat16}, {"guidance": 2.0}),
 }
 each_variant = pytest.mark.parametrize("name", VARIANTS)
 
@@ -71,7 +73,8 @@ each_variant = pytest.mark.parametrize("name", VARIANTS)
 def variant(name, device="cpu", steps=20):
     """A sampler and a call of it: two micro-batches, over a chunk of rows and some more."""
     options, call = VARIANTS[name]
-    network = small_network().to(device)
+    # Wide enough for the kernels, where there are any.
+    network = small_network(config=dataclasses.replace(SMALL, channels=(64, 64)) if name == "fused" else SMALL).to(device)
     if name == "learned":
         network = twice(network)
     elif name == "guided":

@@ -26,6 +26,18 @@ KERNEL = {
     **{f"ratio_to_eager{end}": 3.0 for end in ("", "_min", "_max")},
 }
 
+BLOCK = {
+    **ABOUT,
+    "shape": [1024, 8, 8, 64],
+    "kind": "up",
+    "channels": [64, 64],
+    "ours_us": 20.04,
+    "ours_tflop_per_s": 412.3,
+    "fraction_of_matmul": 0.553,
+    "gb_per_s": 1234.5,
+    **{f"ratio_to_compiled{end}": 1.5 for end in ("", "_min", "_max")},
+}
+
 
 def written(path, *rows):
     path.write_text(json.dumps({"benchmarks": [{"name": name, "extra_info": extra} for name, extra in rows]}))
@@ -51,6 +63,21 @@ def test_tables_hold_the_figures_and_where_they_are_from(file, capsys):
     assert "| 256 images, sprites, ddim 20 | fastdiff, compiled | 400 |" in text
     assert "|  | diffusers | 100 | 2.00 (1.90 to 2.10) |" in text
     assert "| solver_step[cpu-64] | 12.3 | 100 | 0.91 | 3.00 (3.00 to 3.00) |  |" in text
+
+
+def test_tables_of_the_networks_parts(tmp_path, capsys):
+    norm = {**KERNEL, "ratio_to_compiled": 1.25, "ratio_to_compiled_min": 1.2, "ratio_to_compiled_max": 1.3}
+    fp8 = {**BLOCK, "dtype": "float8_e4m3fn", "kind": "middle", "channels": [64], "ratio_to_bfloat16": 1.4}
+    fp8 |= {"ratio_to_bfloat16_min": 1.3, "ratio_to_bfloat16_max": 1.45}
+    rows = written(tmp_path / "rows.json", ("test_group_norm_silu[x]", norm), ("test_blocks[a]", BLOCK), ("test_blocks[b]", fp8))
+    assert report.main([str(rows)]) == 0
+    text = capsys.readouterr().out
+    assert "**Kernels: A chip, float32, torch 2.13.0, 2 threads, commit abc1234**" in text
+    assert "| group_norm_silu[x] | 12.3 | 100 | 0.91 | 3.00 (3.00 to 3.00) | 1.25 (1.20 to 1.30) |" in text
+    assert "**Residual blocks, two launches each: A chip, float32, torch 2.13.0, 2 threads, commit abc1234**" in text
+    assert "| up, 64 + 64 to 64 @ 8, 1024 images | 20.0 | 412 | 0.55 | 1234 |  | 1.50 (1.50 to 1.50) |  |" in text
+    assert "**Residual blocks, two launches each: A chip, float8_e4m3fn, " in text
+    assert "| middle, 64 to 64 @ 8, 1024 images | 20.0 | 412 | 0.55 | 1234 |  | 1.50 (1.50 to 1.50) | 1.40 (1.30 to 1.45) |" in text
 
 
 def test_the_committed_rows_make_tables(capsys):
