@@ -11,7 +11,7 @@ import torch
 from fastdiff import ops, reference
 from fastdiff.kernels.philox import NORMAL_ERROR
 
-from .bench_sampler import weights
+from .peers import weights
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SAMPLES, NUMEL, CHUNK = (16384, 1024, 1024) if DEVICE.type == "cuda" else (1024, 1024, 256)
@@ -65,9 +65,10 @@ def images() -> None:
     inside = torch.equal(sampler(5, seed=1, first=n - 6, labels=labels[n - 6 : n - 1]), first[n - 6 : n - 1])
     report("images from the middle are equal", inside, inside)
     if DEVICE.type == "cuda":
-        for loops in sampler._loops.values():
-            for loop in loops:
-                loop.graph = None
+        for engine in sampler._engines.values():
+            for loop in engine.loops:
+                loop.graphs.clear()
+            engine.capture = False
         launched = sampler(n, seed=1, labels=labels)
         report("graph replay equals plain launches", torch.equal(first, launched), torch.equal(first, launched))
         apart = (ckpt.sampler(solver="ddpm", steps=10, device="cpu")(64, seed=1, labels=labels[:64]) - first[:64].cpu()).abs()

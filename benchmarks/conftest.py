@@ -258,22 +258,22 @@ def _triton() -> str | None:
         return None
 
 
-@pytest.fixture(scope="session")
-def describe() -> Callable[..., dict[str, Any]]:
+def described(device: str, dtype: torch.dtype, shape: Sequence[int]) -> dict[str, Any]:
     """What every row says: versions, device, dtype, shape, threads, commit."""
+    return {
+        "torch": torch.__version__,
+        "triton": _triton(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(shape),
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+    }
 
-    def of(device: str, dtype: torch.dtype, shape: Sequence[int]) -> dict[str, Any]:
-        return {
-            "torch": torch.__version__,
-            "triton": _triton(),
-            "device": torch.cuda.get_device_name() if device == "cuda" else _cpu(),
-            "dtype": str(dtype).removeprefix("torch."),
-            "shape": list(shape),
-            "threads": torch.get_num_threads(),
-            "commit": _commit(),
-        }
 
-    return of
+@pytest.fixture
+def describe() -> Callable[..., dict[str, Any]]:
+    return described
 
 
 def pytest_benchmark_update_machine_info(config, machine_info) -> None:

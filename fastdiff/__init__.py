@@ -11,6 +11,7 @@ from .checkpoint import Checkpoint, CheckpointError, load
 from .data import DataError
 from .likelihood import Likelihood, dequantised, log_likelihood
 from .noise import add_noise, normal, slerp
+from .rewrite import accelerate, unaccelerate
 from .sampler import Sampler, State, Trajectory
 from .schedules import Schedule
 from .unet import UNet, UNetConfig
@@ -28,6 +29,7 @@ __all__ = [
     "Trajectory",
     "UNet",
     "UNetConfig",
+    "accelerate",
     "add_noise",
     "dequantised",
     "load",
@@ -35,4 +37,5 @@ __all__ = [
     "normal",
     "slerp",
     "solvers",
+    "unaccelerate",
 ]

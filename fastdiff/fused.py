@@ -25,8 +25,8 @@ class Convolution(nn.Module):
     """One launch: a convolution, what it adds, and the norms of those that read it. Its parameters are the network's own; `pack` copies what they say.
 
     norms: (GroupNorm, first channel) of each result. raw: y itself is wanted too. modulated: the place of the first result's scales and shifts in a row
-    of conditions. shortcut: a convolution of one pixel for what is added. readers: who reads each result. fp8: whether what it reads is e4m3, and
-    whether its results are.
+    of conditions. shortcut: a convolution of one pixel for what is added. inputs: how many tensors what it reads, or adds, comes in. readers: who reads
+    each result. fp8: whether what it reads is e4m3, and whether its results are.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Convolution(nn.Module):
         stride: int = 1,
         modulated: slice | None = None,
         shortcut: nn.Conv2d | None = None,
+        inputs: int = 1,
         readers: tuple[str, ...] = (),
         fp8: tuple[bool, bool] = (False, False),
     ) -> None:
@@ -52,7 +53,7 @@ class Convolution(nn.Module):
         self.name, self.op, self.raw, self.size, self.group, self.patch, self.stride = name, op, raw, size, group, patch, stride
         self.modulated, self.readers, self.fp8 = modulated, readers, fp8
         self.channels, self.c_out = source.in_channels, source.out_channels
-        self.shortcut = 0 if shortcut is None else shortcut.in_channels
+        self.shortcut, self.inputs = 0 if shortcut is None else shortcut.in_channels, inputs
         self.results = len(norms)
         self.step = 1.0  # what one unit of the e4m3 numbers that it reads stands for
         for buffer in ("weight", "bias", "scale", "skip_weight", "inverse"):
@@ -121,7 +122,13 @@ class Convolution(nn.Module):
     def uncovered(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it runs by PyTorch's own operations on that GPU, or None where a kernel does it."""
         groups = self.c_out // self.group if self.results else None
-        read = [] if self.op == "conv_in" else [self.channels]
+        # The kernel takes each input's channels in steps, and the first convolution all taps of a pixel.
+        if self.op == "conv_in":
+            read = []
+        elif self.shortcut:
+            read = [self.channels, self.shortcut // self.inputs]
+        else:
+            read = [self.channels // self.inputs]
         return ops.uncovered(device, dtype, *self.size, 64 if self.op == "conv_out" else self.c_out, groups, *read)
 
 
@@ -274,13 +281,14 @@ def _stages(model: UNet, fp8: bool) -> Iterator[nn.Module]:
                 # The second half of what the partner's norm sees.
                 partner, which = next(partners)
                 norms, readers = [*norms, (partner.norm1, config.channels[level])], (*readers, f"{which}.conv1")
+            inputs = 2 if kind == "up" else 1
             first = Convolution(
-                f"{name}.conv1", "conv3x3", module.conv1, [(module.norm2, 0)], modulated=next(places),
+                f"{name}.conv1", "conv3x3", module.conv1, [(module.norm2, 0)], modulated=next(places), inputs=inputs,
                 readers=(f"{name}.conv2",), fp8=(fp8, fp8), **common | {"raw": False},
             )  # fmt: skip
             shortcut = module.skip if isinstance(module.skip, nn.Conv2d) else None
             second = Convolution(
-                f"{name}.conv2", "conv3x3", module.conv2, norms, shortcut=shortcut, readers=readers,
+                f"{name}.conv2", "conv3x3", module.conv2, norms, shortcut=shortcut, inputs=inputs, readers=readers,
                 fp8=(fp8, fp8 and bool(norms) and after != "head"), **common,
             )  # fmt: skip
             yield Block(first, second, kind if kind in ("down", "up") else "middle")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ops, winograd
+from . import ops, rewrite, winograd
 from .fused import FusedUNet
 from .noise import counter
 from .reference import COLUMNS, SLOTS
@@ -71,11 +71,13 @@ class Network:
     says that it is `indexed`, `body(x, conditions, which)` looks the table up itself."""
 
     def __init__(self, model: nn.Module, num_classes: int | None, compiler: Callable[[Any], Callable[..., Any]] | None) -> None:
-        self.model, self.num_classes = winograd.with_winograd(model), num_classes
+        accelerated = rewrite.accelerated(model)
+        self.model, self.num_classes = model if accelerated else winograd.with_winograd(model), num_classes
         self.refresh()
         model = self.model
         parts: tuple[Any, Any] = getattr(model, "condition", None), getattr(model, "body", None)
-        self.hoisted = callable(parts[0]) and callable(parts[1])
+        # An accelerated module is so as a whole, when it is called.
+        self.hoisted = callable(parts[0]) and callable(parts[1]) and not accelerated
         self.indexed = getattr(model, "indexed", False)
         call = parts[1] if self.hoisted else model
         self.call: Callable[..., Any] = compiler(call) if compiler else call

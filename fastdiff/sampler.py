@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import fused, noise, solvers, tuned, ways
+from . import fused, noise, rewrite, solvers, tuned, ways
 from .devices import pick_device
 from .loop import BUILDING, CHUNK, Engine, Guide, Kind, Loop, Network, State, answered
 from .noise import column64, signed
@@ -142,7 +142,8 @@ class Sampler:
         self.shape, self.num_classes, self.micro_batch = tuple(shape), num_classes, micro_batch
         floats = {p.dtype for p in model.parameters()}  # buffers alone may have their reasons
         if own.device != self.device or not floats <= {self.dtype}:
-            model = copy.deepcopy(model).to(self.device, self.dtype)
+            own_copy = copy.deepcopy(model).to(self.device, self.dtype)
+            model = rewrite.accelerate(own_copy) if rewrite.accelerated(model) else own_copy
         self.model = model
         self._asked = compile
         self._run_by({True: "compiled", False: "eager", "auto": self._recalled()}.get(compile, "fused"))
@@ -263,7 +264,8 @@ class Sampler:
         with self._lock, torch.no_grad():
             runs: dict[str, Callable[[], None]] = {}
             own = isinstance(self.model, UNet) and self.device.type == "cuda"
-            for way in ("eager", "compiled", *(["fused"] if own else [])):
+            accelerated = rewrite.accelerated(self.model)
+            for way in ("eager", *(["compiled"] if not accelerated else []), *(["fused"] if own and not accelerated else [])):
                 other = Sampler(
                     self.model, self.schedule, self.shape, num_classes=self.num_classes, device=self.device, dtype=self.dtype,
                     compile={"eager": False, "compiled": True}.get(way, way), micro_batch=self.measured_rows // (2 if guided else 1),
@@ -314,6 +316,8 @@ class Sampler:
         return ways.key(self.model, self.device, self.dtype, self.measured_rows)
 
     def _recalled(self) -> str:
+        if rewrite.accelerated(self.model):
+            return "eager"  # it compiles itself, and within another compilation would be as it was before
         found = ways.recall(self._key())
         if found:
             return min(found, key=found.__getitem__)

@@ -136,3 +136,15 @@ def test_as_a_command():
     done = subprocess.run([sys.executable, "-m", "benchmarks.report", "nowhere.json"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "python -m benchmarks.report: nowhere.json: No such file or directory\n"
+
+
+def test_a_table_of_how_like_images_are(tmp_path, capsys):
+    row = {
+        **ABOUT, "solver": "unipc", "steps": 10, "guidance": 2.0, "way": "fused", "dtype": "fp8", "distance": 24.04, "mean": 3.14159,
+        "median_image": 2.5, "largest": 255, "far": 0.0625, "fp32_distance": 23.4, "training_distance": 19.7, "held_out_distance": 38.2,
+    }  # fmt: skip
+    assert report.main([str(written(tmp_path / "rows.json", ("alike[fused fp8]", row), ("alike[no bfloat16]", row | {"way": "no"})))]) == 0
+    text = capsys.readouterr().out
+    assert "**64 images by other ways than eagerly in fp32: A chip, unipc 10, guidance 2, torch 2.13.0" in text
+    assert "distance of fp32's images 23.4, of other training images 19.7, of held-out ones 38.2**" in text
+    assert "| fused, fp8 | 24.0 | 3.142 | 2.500 | 255 | 6.25% |\n| no, fp8 |" in text
