@@ -111,7 +111,7 @@ def by_library(op: str) -> Callable[..., Any]:
 
 
 def way_of(layer: Layer, way: str) -> str:
-    """How a launch runs: "reference" on a CPU, "library", or "kernel" with the pixels of a program where a table says how many."""
+    """How a launch runs: "reference" on a CPU, "library", or "kernel" with the pixels and stages of a program where a table says them."""
     if way == "library":
         return way
     weight = layer.args[1]
@@ -119,8 +119,8 @@ def way_of(layer: Layer, way: str) -> str:
         return "reference"
     if layer.convolution.uncovered(weight.device, weight.dtype) is not None:
         return "library"
-    name, pixels = tuned.way(torch.cuda.get_device_name(weight.device), layer.key)
-    return f"{name} {pixels}" if pixels else name
+    name, sizes = tuned.way(torch.cuda.get_device_name(weight.device), layer.key)
+    return " ".join([name, *map(str, sizes.values())])
 
 
 def launches(flops: int, device: str) -> int:

@@ -1,8 +1,8 @@
 """Which way each convolution of a network is the fastest on this GPU, and the network as a whole: `python -m benchmarks.tune`.
 
-Ways of a convolution are PyTorch's operations ("library") and the kernel with so many pixels of a program ("kernel 128"); of a network "eager",
-"compiled" and "fused". They take turns out of CUDA graphs of many launches, on the inputs that they have in the network. What is found goes into
-the table of fastdiff/tuned.py, {gpu: {key: {"way": the fastest, "us": {way: microseconds}}}}, beside what stands there of other GPUs and shapes.
+Ways of a convolution are PyTorch's operations ("library") and the kernel with so many pixels and stages of a program ("kernel 128 3"); of a network
+"eager", "compiled" and "fused". They take turns out of CUDA graphs of many launches, on the inputs that they have in the network. What is found goes
+into the table of fastdiff/tuned.py, {gpu: {key: {"way": the fastest, "us": {way: microseconds}}}}, beside what stands there of other GPUs and shapes.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from fastdiff.sampler import _compiled, _room_to_compile
 
 PROG = "python -m benchmarks.tune"
 ROUNDS = 5
+# Stages of a kernel's pipeline that are tried, and bytes of shared memory that they may take on a Hopper, with some left for the rest.
+STAGES, SHARED = (2, 3, 4), 216 << 10
 # How far a kernel's results may be from the library's, root mean square over root mean square: some roundings of bf16, or of e4m3.
 APART = {False: 0.03, True: 0.1}
 
@@ -42,12 +44,19 @@ Given = tuple[Tensor, Tensor, Tensor]
 
 
 def kernels_of(layer: Layer) -> dict[str, Callable[..., Any]]:
-    """The kernel with each number of pixels of a program that holds whole images."""
+    """The kernel with each number of pixels of a program that holds whole images, and of stages that shared memory holds."""
     from fastdiff.kernels import conv, conv_ends
 
     kernel = getattr(conv_ends if layer.op in ("conv_in", "conv_out") else conv, layer.op)
     shape = tuned.shape(layer.op, layer.args)
-    return {f"kernel {size}": functools.partial(kernel, pixels=size) for size in conv.PIXELS if size >= shape.height * shape.width}
+    channels = 16 if layer.op == "conv_out" else 128 if shape.c_out % 128 == 0 else 64
+    return {
+        f"kernel {size} {stages}": functools.partial(kernel, pixels=size, stages=stages)
+        for size in conv.PIXELS
+        for stages in STAGES
+        # A stage is 128 bytes of every pixel, a quarter of them where an image grows, and of every channel.
+        if size >= shape.height * shape.width and stages * 128 * ((size // 4 if layer.op == "conv_up" else size) + channels) <= SHARED
+    }
 
 
 def contenders(layer: Layer) -> dict[str, Callable[..., Any]]:
@@ -61,7 +70,7 @@ def contenders(layer: Layer) -> dict[str, Callable[..., Any]]:
 
 def recorded(fused: FusedUNet, given: Given) -> list[Layer]:
     """The launches of one evaluation, which runs by the library, so that no kernel is compiled for it."""
-    with mock.patch.object(tuned, "way", return_value=("library", None)):
+    with mock.patch.object(tuned, "way", return_value=("library", {})):
         return layers_of(fused, lambda: fused.body(*given))
 
 

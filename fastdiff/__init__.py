@@ -16,7 +16,7 @@ from .sampler import Sampler, State, Trajectory
 from .schedules import Schedule
 from .unet import UNet, UNetConfig
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "Checkpoint",

@@ -299,9 +299,9 @@ def _chosen(op: str, kernel: Any, args: Any, read: list[int], groups: int | None
     """A convolution by its kernel or by the library. read: channels that the kernel takes in steps."""
     found, device = tuned.shape(op, args), args[1].device
     if uncovered(device, found.dtype, found.height, found.width, 64 if op == "conv_out" else found.c_out, groups, *read) is None:
-        way, pixels = tuned.way(torch.cuda.get_device_name(device), tuned.key(*found))
+        way, sizes = tuned.way(torch.cuda.get_device_name(device), tuned.key(*found))
         if way == "kernel":
-            return getattr(kernel, op)(*args, pixels=pixels)
+            return getattr(kernel, op)(*args, **sizes)
     if op == "conv_out":
         return library.conv_out(*args)
     return getattr(library, op)(*args, norm=group_norm_silu)

@@ -1,7 +1,7 @@
 """Which way an operation of the network was measured to be the fastest: a table that ships, made by `python -m benchmarks.tune`.
 
-A row is a GPU by its name, an operation with its shape and dtype, and the way: "library", what PyTorch has, or "kernel" with the pixels of a program.
-What was never measured takes the kernel wherever it covers the shape.
+A row is a GPU by its name, an operation with its shape and dtype, and the way: "library", what PyTorch has, or "kernel" with the pixels and stages of a
+program. What was never measured takes the kernel wherever it covers the shape.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def table() -> dict[str, dict[str, str]]:
     return {gpu: {which: str(row["way"]) for which, row in rows.items()} for gpu, rows in found.items()}
 
 
-def way(gpu: str, which: str) -> tuple[str, int | None]:
-    """("kernel", pixels of a program or None for what the batch asks for) or ("library", None)."""
-    name, _, pixels = table().get(gpu, {}).get(which, "kernel").partition(" ")
-    return name, int(pixels) if pixels else None
+def way(gpu: str, which: str) -> tuple[str, dict[str, int]]:
+    """("library", {}), or "kernel" with what its launcher is told: pixels and stages of a program, as far as the table says them."""
+    name, *sizes = table().get(gpu, {}).get(which, "kernel").split()
+    return name, dict(zip(("pixels", "stages"), map(int, sizes), strict=False))

@@ -233,14 +233,22 @@ def conv_up_kernel(
             store_phases(out2_ptr + first, at, below, y00, y01, y10, y11, mul, add, other, written, CO, PTX)
 
 
-def tile(n: int, height: int, width: int, c_out: int, processors: int, pixels: int | None = None) -> dict[str, int]:
-    """NI, BM, STAGES and num_warps for n images whose programs own `pixels` pixels, by default as many as leave every processor a program."""
+def tile(
+    n: int, height: int, width: int, c_out: int, processors: int, pixels: int | None = None, stages: int | None = None
+) -> dict[str, int]:
+    """NI, BM, STAGES and options for n images whose programs own `pixels` pixels, by default as many as leave every processor a program."""
     m = 128 if c_out % 128 == 0 else 64
     sizes = [size for size in PIXELS if size >= height * width]
     if pixels is None:
         pixels = next((size for size in sizes if n * height * width // size * (c_out // m) >= processors), sizes[-1])
-    warps, stages = TILES[m, pixels]
-    return {"NI": pixels // (height * width), "BM": m, "STAGES": stages, "num_warps": warps, "enable_fp_fusion": True}
+    warps, usual = TILES[m, pixels]
+    return {
+        "NI": pixels // (height * width),
+        "BM": m,
+        "STAGES": usual if stages is None else stages,
+        "num_warps": warps,
+        "enable_fp_fusion": True,
+    }
 
 
 def chunk(*tensors: Tensor) -> int:
@@ -322,10 +330,11 @@ def conv3x3(
     stride: int,
     raw: bool,
     pixels: int | None = None,
+    stages: int | None = None,
 ) -> list[Tensor]:
     """y and its results, [N, H / stride, W / stride, C']: see reference.conv3x3. Contiguous, bf16 or fp16, x and weight also both e4m3.
 
-    which: in range (not checked: that would wait for the device). pixels: of a program, see `tile`.
+    which: in range (not checked: that would wait for the device). pixels, stages: of a program, see `tile`.
     """
     n, height, width, _ = x[0].shape
     c_out, device = weight.shape[0], x[0].device
@@ -360,7 +369,7 @@ def conv3x3(
         check("which", which, (n,), (torch.int64,), device)
     y, (out, out2), (gamma, beta, gamma2, beta2) = prepared(norms, inverse, c_out, (n, height, width, c_out), wide, raw, x[0])
     if n:
-        plan = tile(n, height, width, c_out, processors(device), pixels)
+        plan = tile(n, height, width, c_out, processors(device), pixels, stages)
         ni, m, k, s = plan["NI"], plan["BM"], chunk(*x), chunk(*skip) if skips else 16
         box, seen = [ni, height, width], [ni, height, width] if stride == 1 else [ni, height, 1, width]
         written = [None if v is None else images(v, [*box, m]) for v in (y, out, out2)]
@@ -393,8 +402,9 @@ def conv_up(
     eps: float,
     raw: bool,
     pixels: int | None = None,
+    stages: int | None = None,
 ) -> list[Tensor]:
-    """y and its results, [N, 2 H, 2 W, C']: see reference.conv_up. Contiguous, bf16 or fp16. pixels: of a program, in the results, see `tile`."""
+    """y and its results, [N, 2 H, 2 W, C']: see reference.conv_up. Contiguous, bf16 or fp16. pixels, stages: of a program, see `tile`."""
     n, height, width, channels = x.shape
     c_out, device = weight.shape[0], x.device
     reason = fits(2 * height, 2 * width, c_out, groups if norms else None, channels)
@@ -404,7 +414,7 @@ def conv_up(
     check("bias", bias, (1, c_out), (torch.float32,), device)
     y, (out, out2), (gamma, beta, gamma2, beta2) = prepared(norms, inverse, c_out, (n, 2 * height, 2 * width, c_out), x.dtype, raw, x)
     if n:
-        plan = tile(n, 2 * height, 2 * width, c_out, processors(device), pixels)
+        plan = tile(n, 2 * height, 2 * width, c_out, processors(device), pixels, stages)
         m, k = plan["BM"], chunk(x)
         with torch.cuda.device_of(x):
             conv_up_kernel[(triton.cdiv(n, plan["NI"]) * (c_out // m),)](

@@ -115,8 +115,9 @@ def conv_in(
     eps: float,
     raw: bool,
     pixels: int | None = None,
+    stages: int | None = None,
 ) -> list[Tensor]:
-    """y and its results, [N, H / patch, W / patch, C']: see reference.conv_in. Contiguous, bf16 or fp16. pixels: of a program, see `tile`."""
+    """y and its results, [N, H / patch, W / patch, C']: see reference.conv_in. Contiguous, bf16 or fp16. pixels, stages: of a program, see `tile`."""
     n, channels, height, width = x.shape
     c_out, device = weight.shape[0], x.device
     assert height % patch == width % patch == 0, f"images of {height} x {width} pixels cannot be folded {patch} x {patch}"
@@ -128,7 +129,7 @@ def conv_in(
     check("bias", bias, (1, c_out), (torch.float32,), device)
     y, (out, out2), (gamma, beta, gamma2, beta2) = prepared(norms, inverse, c_out, (n, height, width, c_out), x.dtype, raw, x)
     if n:
-        plan = tile(n, height, width, c_out, processors(device), pixels)
+        plan = tile(n, height, width, c_out, processors(device), pixels, stages)
         box = [plan["NI"], height, width, plan["BM"]]
         with torch.cuda.device_of(x):
             conv_in_kernel[(triton.cdiv(n, plan["NI"]) * (c_out // plan["BM"]),)](
@@ -139,8 +140,8 @@ def conv_in(
     return [v for v in (y, out, out2) if v is not None]
 
 
-def conv_out(x: Tensor, weight: Tensor, bias: Tensor, patch: int, pixels: int | None = None) -> Tensor:
-    """[N, C', H patch, W patch]: see reference.conv_out. Contiguous, bf16 or fp16. pixels: of a program, see `tile`."""
+def conv_out(x: Tensor, weight: Tensor, bias: Tensor, patch: int, pixels: int | None = None, stages: int | None = None) -> Tensor:
+    """[N, C', H patch, W patch]: see reference.conv_out. Contiguous, bf16 or fp16. pixels, stages: of a program, see `tile`."""
     n, height, width, channels = x.shape
     folded, device = weight.shape[0], x.device
     reason = fits(height, width, 64, None, channels)
@@ -151,7 +152,7 @@ def conv_out(x: Tensor, weight: Tensor, bias: Tensor, patch: int, pixels: int | 
     check("bias", bias, (folded,), (torch.float32,), device)
     y = x.new_empty(n, folded // patch**2, height * patch, width * patch)
     if n:
-        plan = tile(n, height, width, 64, processors(device), pixels)
+        plan = tile(n, height, width, 64, processors(device), pixels, stages)
         wide, k = max(16, triton.next_power_of_2(folded)), chunk(x)
         with torch.cuda.device_of(x):
             conv_out_kernel[(triton.cdiv(n, plan["NI"]),)](

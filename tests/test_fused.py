@@ -252,15 +252,15 @@ def test_the_shipped_table_decides_what_nobody_has_measured(a_gpu, tmp_path, mon
     a_gpu()
     key = tuned.key("conv3x3", 1000, 8, 8, [64, 64], 64, torch.bfloat16, "shortcut 128")
     assert key == "conv3x3 1024 8x8 64+64->64 bfloat16 shortcut 128"
-    assert tuned.way("NVIDIA H200", key) == ("kernel", None)
-    rows = {key: {"way": "kernel 128"}, "a": {"way": "library"}, f"network {ways.digest(model)} bfloat16": {"way": "fused"}}
+    assert tuned.way("NVIDIA H200", key) == ("kernel", {})
+    rows = {key: {"way": "kernel 128 3"}, "a": {"way": "library"}, f"network {ways.digest(model)} bfloat16": {"way": "fused"}}
     (tmp_path / "tuned.json").write_text(json.dumps({"NVIDIA H200": rows}))
     monkeypatch.setattr(tuned, "PATH", tmp_path / "tuned.json")
     tuned.table.cache_clear()
     try:
-        assert tuned.way("NVIDIA H200", key) == ("kernel", 128)
-        assert tuned.way("NVIDIA H200", "a") == ("library", None)
-        assert tuned.way("NVIDIA B200", "a") == ("kernel", None)
+        assert tuned.way("NVIDIA H200", key) == ("kernel", {"pixels": 128, "stages": 3})
+        assert tuned.way("NVIDIA H200", "a") == ("library", {})
+        assert tuned.way("NVIDIA B200", "a") == ("kernel", {})
         sampler = Sampler.__new__(Sampler)
         sampler.model, sampler.device, sampler.dtype = model, torch.device("cuda", 0), torch.bfloat16
         assert sampler._recalled() == "fused"

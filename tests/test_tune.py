@@ -85,13 +85,13 @@ def chosen(layer, monkeypatch):
     monkeypatch.setattr(ops, "uncovered", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A chip")
     monkeypatch.setattr(ops.library, layer.op, lambda *_, **__: "library")
-    kernel = SimpleNamespace(**{layer.op: lambda *_, pixels: ("kernel", pixels)})
+    kernel = SimpleNamespace(**{layer.op: lambda *_, **sizes: ("kernel", sizes)})
     return ops._chosen(layer.op, kernel, layer.args, [], None)
 
 
 def test_what_tune_keeps_is_what_ops_choose(sprites, tmp_path, monkeypatch):
     path = tmp_path / "table.json"
-    found = [{"library": 5.0, "kernel 256": 3.0, "kernel 64": 4.0}, {"library": 2.0, "kernel 128": 2.5}]
+    found = [{"library": 5.0, "kernel 256 3": 3.0, "kernel 64": 4.0}, {"library": 2.0, "kernel 128": 2.5}]
     by_key = {layer.key: layer for layer in sprites}
     assert len(by_key) == 12
     last = list(by_key)[-1]
@@ -99,11 +99,13 @@ def test_what_tune_keeps_is_what_ops_choose(sprites, tmp_path, monkeypatch):
     for key, us in kept.items():
         tune.keep(path, "A chip", {key: tune.row_of(us)})
     with tune.table_at(path):
-        assert [tuned.way("A chip", key) for key in kept] == [(("kernel", 256), ("library", None))[i % 2] for i in range(11)]
+        assert [tuned.way("A chip", key) for key in kept] == [
+            (("kernel", {"pixels": 256, "stages": 3}), ("library", {}))[i % 2] for i in range(11)
+        ]
         for i, key in enumerate(kept):
-            assert chosen(by_key[key], monkeypatch) == (("kernel", 256), "library")[i % 2], key
-        assert chosen(by_key[last], monkeypatch) == ("kernel", None)
-    assert tuned.way("A chip", next(iter(kept))) == ("kernel", None)
+            assert chosen(by_key[key], monkeypatch) == (("kernel", {"pixels": 256, "stages": 3}), "library")[i % 2], key
+        assert chosen(by_key[last], monkeypatch) == ("kernel", {})
+    assert tuned.way("A chip", next(iter(kept))) == ("kernel", {})
 
 
 def test_the_networks_row_is_what_a_sampler_recalls(tmp_path, monkeypatch):
@@ -138,7 +140,8 @@ def test_kernels_that_are_not_the_librarys_are_left_out():
     found = {layer.convolution.name: layer for layer in layers.layers_of(fused, lambda: fused.body(*given))}
     # 64 pixels to an image above, 16 below: a program holds one or some.
     layer = found["down.1.conv2"]
-    assert tune.kernels_of(found["stem"]).keys() == tune.kernels_of(layer).keys() == {"kernel 256", "kernel 128", "kernel 64"}
+    every = {f"kernel {pixels} {stages}" for pixels in (256, 128, 64) for stages in (2, 3, 4)}
+    assert tune.kernels_of(found["stem"]).keys() == tune.kernels_of(layer).keys() == every
     runs = {"library": layers.by_library(layer.op), **tune.kernels_of(layer)}
 
     def wrong(*args):
@@ -159,7 +162,16 @@ def test_kernels_that_are_not_the_librarys_are_left_out():
         fastdiff.Checkpoint(small_network(0, large), fastdiff.Schedule.linear(50), "v"), CPU, torch.float32, 1
     )
     for layer in layers.layers_of(fused, lambda: fused.body(*given)):
-        assert tune.kernels_of(layer).keys() == {"kernel 256"}
+        assert tune.kernels_of(layer).keys() == {"kernel 256 2", "kernel 256 3", "kernel 256 4"}
+
+
+def test_stages_are_as_many_as_shared_memory_holds(sprites):
+    """128 channels and 256 pixels of 128 bytes are 48 KB, of which Hopper's 227 hold four."""
+    found = {layer.convolution.name: layer for layer in sprites}
+    assert {*tune.kernels_of(found["down.2.conv1"])} >= {"kernel 256 4", "kernel 64 4"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune, "STAGES", (4, 5))
+        assert {*tune.kernels_of(found["down.2.conv1"])} == {"kernel 256 4", "kernel 128 4", "kernel 128 5", "kernel 64 4", "kernel 64 5"}
 
 
 def test_layers_count_operations_and_bytes(tmp_path, capsys):
