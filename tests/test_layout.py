@@ -13,17 +13,19 @@ PACKAGE = ROOT / "fastdiff"
 
 # A module may import those of the lines above its own, and what its line names of its own.
 LAYERS = [
-    {"schedules", "reference", "files", "data", "unet", "unet2d", "cli", "devices", "winograd", "tuned"},
+    {"schedules", "reference", "files", "data", "unet", "unet2d", "cli", "devices", "winograd", "tuned", "ideal", "metrics", "pictures"},
     {"solvers", "library", "ways"},
     {"ops"},
     {"noise", "fused", "rewrite"},
     {"loop"},
     {"sampler", "likelihood"},
     {"checkpoint"},
-    {"diffusers"},
-    {"__init__", "sample", "train"},
+    {"diffusers", "classifier", "toy"},
+    {"field", "gallery"},
+    {"tour", "densities"},
+    {"__init__", "sample", "train", "evaluate", "show"},
 ]
-ONLY_FOR = {"diffusers": {"diffusers"}, "triton": set(), "kernels": {"ops"}, "matplotlib": {"train"}}
+ONLY_FOR = {"diffusers": {"diffusers"}, "triton": set(), "kernels": {"ops"}, "matplotlib": {"train", "field", "evaluate"}}
 
 
 def imports(path: Path) -> set[tuple[int, str]]:
