@@ -103,7 +103,7 @@ def sections(rows: list[Row]) -> list[str]:
                 f"of other training images {floors[1]:.1f}, of held-out ones {floors[2]:.1f}",
                 ["way", "distance", "pixels differ by, of 255", "in the median image", "at most", "images that differ by more than 10"],
                 [
-                    f"{row['way']}, {row['dtype']}", f"{row['distance']:.1f}", f"{row['mean']:.3f}", f"{row['median_image']:.3f}",
+                    f"{ {'no': 'eager', 'yes': 'compiled'}.get(row['way'], row['way'])}, {row['dtype']}", f"{row['distance']:.1f}", f"{row['mean']:.3f}", f"{row['median_image']:.3f}",
                     f"{row['largest']}", f"{row['far']:.2%}",
                 ],
             )  # fmt: skip

@@ -147,4 +147,4 @@ def test_a_table_of_how_like_images_are(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "**64 images by other ways than eagerly in fp32: A chip, unipc 10, guidance 2, torch 2.13.0" in text
     assert "distance of fp32's images 23.4, of other training images 19.7, of held-out ones 38.2**" in text
-    assert "| fused, fp8 | 24.0 | 3.142 | 2.500 | 255 | 6.25% |\n| no, fp8 |" in text
+    assert "| fused, fp8 | 24.0 | 3.142 | 2.500 | 255 | 6.25% |\n| eager, fp8 |" in text
