@@ -74,8 +74,8 @@ def fused_network(
     kind: a dtype, or "fp8". The checkpoint's network itself is put on the device. ValueError where the GPU has no e4m3.
     """
     cuda = device.type == "cuda"
-    if kind == "fp8" and cuda and torch.cuda.get_device_capability(device) < (9, 0):
-        raise ValueError(f"fp8 needs a GPU of compute capability 9.0 or newer, which {torch.cuda.get_device_name(device)} is not")
+    if kind == "fp8" and cuda and not ops.has_kernels(device):
+        raise ValueError(f"fp8 needs a GPU of compute capability 9 or 10, which {torch.cuda.get_device_name(device)} is not")
     dtype = kind if isinstance(kind, torch.dtype) else torch.bfloat16 if cuda else torch.float32
     fused = FusedUNet(checkpoint.model.to(device, dtype))
     model = fused.model

@@ -97,13 +97,14 @@ def sections(rows: list[Row]) -> list[str]:
             )  # fmt: skip
         elif kind == "alike":
             run = {**row, "dtype": f"{row['solver']} {row['steps']}, guidance {row['guidance']:g}"}
+            way = {"no": "eager", "yes": "compiled"}.get(row["way"], row["way"])
             floors = [row[f"{which}_distance"] for which in ("fp32", "training", "held_out")]
             add(
                 f"{row['shape'][0]} images by other ways than eagerly in fp32: {where(run)}; distance of fp32's images {floors[0]:.1f}, "
                 f"of other training images {floors[1]:.1f}, of held-out ones {floors[2]:.1f}",
                 ["way", "distance", "pixels differ by, of 255", "in the median image", "at most", "images that differ by more than 10"],
                 [
-                    f"{ {'no': 'eager', 'yes': 'compiled'}.get(row['way'], row['way'])}, {row['dtype']}", f"{row['distance']:.1f}", f"{row['mean']:.3f}", f"{row['median_image']:.3f}",
+                    f"{way}, {row['dtype']}", f"{row['distance']:.1f}", f"{row['mean']:.3f}", f"{row['median_image']:.3f}",
                     f"{row['largest']}", f"{row['far']:.2%}",
                 ],
             )  # fmt: skip

@@ -281,14 +281,19 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, patch: int) -> Tensor:
     return x.new_empty(n, weight.shape[0] // patch**2, height * patch, width * patch)
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether the convolutions' kernels run there: Hopper and Blackwell of data centres have the shared memory that they take, others do not."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
 def uncovered(
     device: torch.device, dtype: torch.dtype, height: int, width: int, c_out: int, groups: int | None, *channels: int
 ) -> str | None:
     """Why a convolution of channels to c_out, with a result of height x width pixels, runs by the library on a GPU, or None where a kernel does it."""
     from .kernels import conv as kernel
 
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (9, 0):
-        return "the kernels need a GPU of compute capability 9.0 or newer (H100, H200, B200)"
+    if not has_kernels(device):
+        return "the kernels need a GPU of compute capability 9 or 10 (H100, H200, B200)"
     if dtype not in (torch.bfloat16, torch.float16, reference.FP8):
         return f"{str(dtype).removeprefix('torch.')}: the kernels compute with 16 bits"
     reason: str | None = kernel.fits(height, width, c_out, groups, *channels)

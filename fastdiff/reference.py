@@ -320,8 +320,10 @@ def conv_up(
 
 def up_weight(weight: Tensor) -> Tensor:
     """[C', 3, 3, C] -> [C', 4, 4, C]: rows and columns (w2, w1 + w2, w0 + w1, w0), since a repeated pixel meets two taps at once."""
-    repeat = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
-    return torch.einsum("ai,bj,oijc->oabc", repeat, repeat, weight).contiguous()
+    for dim in (1, 2):
+        w0, w1, w2 = weight.unbind(dim)
+        weight = torch.stack([w2, w1 + w2, w0 + w1, w0], dim)
+    return weight.contiguous()
 
 
 def fold(x: Tensor, patch: int) -> Tensor:

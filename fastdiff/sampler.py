@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import fused, noise, rewrite, solvers, tuned, ways
+from . import fused, noise, ops, rewrite, solvers, tuned, ways
 from .devices import pick_device
 from .loop import BUILDING, CHUNK, Engine, Guide, Kind, Loop, Network, State, answered
 from .noise import column64, signed
@@ -86,7 +86,7 @@ class Sampler:
     not. threshold: dynamic thresholding at that quantile (0.995, say) instead; it sorts every image in every row, outside the fused update.
     device, dtype: default where the model's parameters are, and fp32 on the CPU, bf16 on CUDA; where they differ from the model's own, a copy
     is sampled from, of the weights as they are now. "fp8" is bf16 (on a CPU fp32) in which residual blocks convolve e4m3 numbers, of fixed scales that
-    come from a first sampling: for GPUs of compute capability 9.0 or newer; on a CPU it shows what images come out. compile: how the network runs,
+    come from a first sampling: for GPUs of compute capability 9 or 10; on a CPU it shows what images come out. compile: how the network runs,
     True compiled, False eagerly, "fused" by fastdiff's own kernels (`fastdiff.fused`: a `fastdiff.UNet`; on a CPU by their definition, which is not
     fast); "auto" takes what `measure` has found to be the fastest here, else compiles on CUDA and runs eagerly on the CPU. Compiled code for the CPU
     has the weights built in, as they were at the first call. micro_batch: images
@@ -169,10 +169,10 @@ class Sampler:
     def _check_fp8(self, compile: bool | str) -> None:
         if compile not in ("auto", "fused"):
             raise ValueError(f'dtype="fp8" is computed by fastdiff\'s own kernels; give compile="fused", or leave it out, not {compile!r}')
-        if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) < (9, 0):
+        if self.device.type == "cuda" and not ops.has_kernels(self.device):
             name = torch.cuda.get_device_name(self.device)
             raise ValueError(
-                f'dtype="fp8" needs a GPU of compute capability 9.0 or newer (H100, H200, B200), which {name} is not; give torch.bfloat16'
+                f'dtype="fp8" needs a GPU of compute capability 9 or 10 (H100, H200, B200), which {name} is not; give torch.bfloat16'
             )
 
     def _table(self, solver: str | solvers.Table | None = None, steps: int | None = None, **options: Any) -> solvers.Table:

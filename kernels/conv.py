@@ -76,7 +76,7 @@ def result(y, mul, add, inverse_ptr, PTX: tl.constexpr):
     """silu(y mul + add), times inverse where the result is e4m3."""
     out = silu_of(y * mul[:, :, None] + add[:, :, None], PTX)
     if inverse_ptr is not None:
-        out = tl.clamp(out * tl.load(inverse_ptr), -448.0, 448.0)
+        out = tl.clamp(out * tl.load(inverse_ptr), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     return out
 
 
@@ -276,7 +276,8 @@ def images(v: Tensor, box: list[int]) -> TensorDescriptor:
     if len(box) == 5:
         n, height, width, channels = v.shape
         v = v.view(n, height // 2, 2, width // 2, 2 * channels)
-    return TensorDescriptor.from_tensor(v, box)
+    # Where a side is 1, a contiguous tensor may have any stride.
+    return TensorDescriptor.from_tensor(v.reshape(-1).view(v.shape), box)
 
 
 def check(name: str, v: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
@@ -370,7 +371,8 @@ def conv3x3(
     y, (out, out2), (gamma, beta, gamma2, beta2) = prepared(norms, inverse, c_out, (n, height, width, c_out), wide, raw, x[0])
     if n:
         plan = tile(n, height, width, c_out, processors(device), pixels, stages)
-        ni, m, k, s = plan["NI"], plan["BM"], chunk(*x), chunk(*skip) if skips else 16
+        # At least two steps through a shortcut: a loop of one is folded, and then its product has another layout and waits for its loads.
+        ni, m, k, s = plan["NI"], plan["BM"], chunk(*x), min(chunk(*skip), min(skips) // 2) if skips else 16
         box, seen = [ni, height, width], [ni, height, width] if stride == 1 else [ni, height, 1, width]
         written = [None if v is None else images(v, [*box, m]) for v in (y, out, out2)]
         read = [images(v, [*seen, k]) for v in x]

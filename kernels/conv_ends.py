@@ -134,7 +134,7 @@ def conv_in(
         with torch.cuda.device_of(x):
             conv_in_kernel[(triton.cdiv(n, plan["NI"]) * (c_out // plan["BM"]),)](
                 *(None if v is None else images(v, box) for v in (y, out, out2)), x, weight, bias, gamma, beta, gamma2, beta2, inverse, n,
-                H=height, W=width, F=folded, PATCH=patch, CO=c_out, BK=64 if folded > 3 else 32, G=max(groups * plan["BM"] // c_out, 1), EPS=eps,
+                H=height, W=width, F=folded, PATCH=patch, CO=c_out, BK=64 if folded > 7 else 16, G=max(groups * plan["BM"] // c_out, 1), EPS=eps,
                 PTX=fast(device, x.dtype), **plan,
             )  # fmt: skip
     return [v for v in (y, out, out2) if v is not None]

@@ -67,7 +67,7 @@ def finished(deviation, mul, add, inverse_ptr, SILU: tl.constexpr, PTX: tl.const
     if SILU:
         out = silu_of(out, PTX)
     if inverse_ptr is not None:
-        out = tl.clamp(out * tl.load(inverse_ptr), -448.0, 448.0)
+        out = tl.clamp(out * tl.load(inverse_ptr), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     return out
 
 

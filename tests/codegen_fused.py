@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import json
 import os
+import re
 import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -99,7 +100,11 @@ def report(fn: Any, args: tuple[Any, ...], constants: dict[str, Any], arch: int)
     usage = cuobjdump(compiled["cubin"], "-res-usage")
     used = {key: int(usage.partition(f"{key}:")[2].split()[0]) for key in ("REG", "STACK", "LOCAL")}
     opcodes = collections.Counter(opcode for _, _, opcode, _ in LINE.findall(cuobjdump(compiled["cubin"], "-sass")))
-    return {"kernel": fn.__name__, "used": used, "opcodes": dict(opcodes)}
+    # From one layout of the matrix unit to another. Where only the products' depth differs, e4m3's from bf16's, the registers are the same.
+    layouts = dict(re.findall(r"^(#mma\d*) = #ttg.nvidia_mma<(.*)>", re.sub(r", \d+\]", "]", compiled["ttgir"]), re.M))
+    pairs = re.findall(r"convert_layout .*xf32, (#mma\d*)> -> tensor<\d+x\d+xf32, (#mma\d*)>", compiled["ttgir"])
+    moved = sum(layouts[one] != layouts[other] for one, other in pairs)
+    return {"kernel": fn.__name__, "used": used, "opcodes": dict(opcodes), "sums_moved": moved}
 
 
 def described(fn: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> str:

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastdiff import ops
+
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 # The kernels compute with 16 bits on a GPU, and the interpreter, whose bf16 is not right, with fp32 and fp16.
 DTYPES = [torch.bfloat16, torch.float16] if CUDA else [torch.float32, torch.float16]
-HOPPER = CUDA and torch.cuda.get_device_capability() >= (9, 0)
-needs_kernels = pytest.mark.skipif(CUDA and not HOPPER, reason="the convolutions are kernels from compute capability 9.0 on")
+KERNELS = CUDA and ops.has_kernels(torch.device("cuda"))
+needs_kernels = pytest.mark.skipif(CUDA and not KERNELS, reason="the convolutions are kernels for compute capability 9 and 10")
 # Sums of some thousand products of size 1 in another order, then a norm that scales them by up to 3: 1e-5 of fp32. A result of 16 bits is also
 # rounded, which may tip it to the neighbouring number, 2^-10 or 2^-7 of itself away. tanh.approx, for bf16 alone, is within 2^-11.
 TOLERANCES = {torch.float32: (1e-5, 3e-5), torch.float16: (2**-10, 5e-4), torch.bfloat16: (2**-7, 4e-3)}

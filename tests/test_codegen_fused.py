@@ -47,6 +47,11 @@ def test_nothing_spills():
     assert spilt == {}
 
 
+def test_sums_stay_in_one_layout():
+    """Folded loops of one step, the shortcut's for one, would have products of another layout, and move the whole sum between the two."""
+    assert {name: r["sums_moved"] for name, r in reports().items() if r["sums_moved"]} == {}
+
+
 @pytest.mark.parametrize("kernel", ["conv3x3", "conv_up", "conv_in", "conv_out"])
 def test_products_are_the_matrix_units(kernel):
     assert these(kernel)

@@ -3,7 +3,7 @@
 import convolutions as make
 import pytest
 import torch
-from convolutions import CUDA, DEVICE, DTYPES, HOPPER, close, needs_kernels
+from convolutions import CUDA, DEVICE, DTYPES, KERNELS, TOLERANCES, close, needs_kernels
 from torch import nn
 
 import fastdiff
@@ -130,6 +130,15 @@ def test_no_images():
             assert g.shape == w.shape and g.dtype == w.dtype
 
 
+def test_images_of_one_pixel_in_any_memory_layout():
+    """A contiguous tensor's strides mean nothing where a side is 1, and a descriptor reads strides."""
+    arguments = make.conv3x3(3, 1, (64,), 64, DTYPES[0], same=True)
+    odd = arguments[0][0].as_strided((3, 1, 1, 64), (64, 1, 1, 1))
+    assert odd.is_contiguous() and torch.equal(odd, arguments[0][0])
+    for g, w in zip(conv.conv3x3([odd], *arguments[1:]), reference.conv3x3(*arguments), strict=True):
+        close(g, w)
+
+
 def test_images_do_not_mix():
     """Whole images share a program: each of them alone gives the same bits."""
     arguments = make.conv3x3(5, 4, (64,), 64, DTYPES[0], same=True, results=2)
@@ -152,20 +161,24 @@ def quantised(arguments):
 @pytest.mark.parametrize("case", ["one result", "style by index", "three results", "two inputs", "shortcut of two"])
 @pytest.mark.parametrize("channels", [64, 128])
 def test_e4m3_is_the_references(case, channels):
-    """A step of e4m3 is 2^-3 of a number at most; sums that differ in their last bit may be rounded to either neighbour."""
+    """A step of e4m3 is 2^-3 of a number at most; sums that differ in their last bit may be rounded to either neighbour.
+
+    The matrix unit of a Hopper keeps 13 bits of fraction of a sum of e4m3 products: there y is as exact as bf16, and more results fall to a neighbour.
+    """
     wider = {"channels": tuple(c * channels // 64 for c in CASES[case]["channels"])}
     arguments = quantised(make.conv3x3(3, 4, dtype=torch.float16, **CASES[case] | wider))
     for g, w in zip(conv.conv3x3(*arguments), reference.conv3x3(*arguments), strict=True):
         assert g.dtype == w.dtype and g.shape == w.shape
         if g.dtype != reference.FP8:
-            close(g, w)
+            rtol, atol = TOLERANCES[torch.bfloat16 if CUDA else g.dtype]
+            torch.testing.assert_close(g, w, rtol=rtol, atol=atol)
             continue
         g, w = g.float(), w.float()
         # Where rounding reaches the next power of two, Triton's interpreter forgets to carry and gives half of it.
         halved = (g == w / 2) & (torch.frexp(w).mantissa.abs() == 0.5) & (not CUDA)
-        torch.testing.assert_close(torch.where(halved, w, g), w, rtol=2**-3, atol=2**-9)
+        torch.testing.assert_close(torch.where(halved, w, g), w, rtol=2**-3, atol=0.25 if CUDA else 2**-9)
         assert halved.float().mean() < 0.1
-        assert (torch.where(halved, w, g) != w).float().mean() < 0.01
+        assert (torch.where(halved, w, g) != w).float().mean() < (0.05 if CUDA else 0.01)
 
 
 def test_bad_arguments_are_named():
@@ -254,7 +267,7 @@ def test_the_librarys_way_at_the_ends_and_up():
             torch.testing.assert_close(g, w, rtol=1e-4 if CUDA else 1e-5, atol=5e-3 if CUDA else 5e-5)
 
 
-@pytest.mark.skipif(not HOPPER, reason="needs a CUDA GPU of compute capability 9.0 or newer")
+@pytest.mark.skipif(not KERNELS, reason="needs a CUDA GPU of compute capability 9 or 10")
 @pytest.mark.parametrize("case", CASES)
 def test_on_a_gpu_the_op_is_the_kernel_or_the_library(case):
     """16-bit shapes that fit give the kernel's bits, others the library's result."""

@@ -13,8 +13,8 @@ PACKAGE = ROOT / "fastdiff"
 
 # A module may import those of the lines above its own, and what its line names of its own.
 LAYERS = [
-    {"schedules", "reference", "files", "data", "unet", "unet2d", "cli", "devices", "winograd", "tuned", "ideal", "metrics", "pictures"},
-    {"solvers", "library", "ways"},
+    {"schedules", "reference", "files", "data", "unet", "unet2d", "cli", "devices", "winograd", "tuned", "ideal", "metrics"},
+    {"solvers", "library", "ways", "pictures"},
     {"ops"},
     {"noise", "fused", "rewrite"},
     {"loop"},

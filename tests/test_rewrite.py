@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from convolutions import KERNELS
 from torch import Tensor, nn
 from torch.nn import Conv2d, GroupNorm
 
@@ -544,3 +545,15 @@ def test_a_sampler_runs_an_accelerated_network_as_such(dtype):
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
     else:
         assert (got - wanted).abs().mean() < 0.05 * wanted.abs().mean()
+
+
+@pytest.mark.skipif(not KERNELS, reason="needs a CUDA GPU of compute capability 9 or 10")
+def test_on_a_gpu():
+    """In bf16, behind inductor, with the kernels' own checks."""
+    network = lively(Residual()).cuda().bfloat16()
+    given = drawn(4, 3, 16, 16).cuda().bfloat16(), torch.arange(4, device="cuda")
+    with torch.no_grad():
+        wanted = network(*given)
+        got = accelerate(network)(*given)
+    assert report(network)["conv3x3"] == 7
+    assert error(got, wanted) < 0.05  # twenty layers, each rounded to 2^-8
