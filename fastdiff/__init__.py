@@ -6,10 +6,10 @@
 Importing it needs neither a GPU nor Triton.
 """
 
-from . import solvers
+from . import ideal, solvers
 from .checkpoint import Checkpoint, CheckpointError, load
 from .data import DataError
-from .likelihood import Likelihood, dequantised, log_likelihood
+from .likelihood import Bound, Likelihood, dequantised, log_likelihood, variational_bound
 from .noise import add_noise, normal, slerp
 from .rewrite import accelerate, unaccelerate
 from .sampler import Sampler, State, Trajectory
@@ -19,6 +19,7 @@ from .unet import UNet, UNetConfig
 __version__ = "0.4.0"
 
 __all__ = [
+    "Bound",
     "Checkpoint",
     "CheckpointError",
     "DataError",
@@ -32,10 +33,12 @@ __all__ = [
     "accelerate",
     "add_noise",
     "dequantised",
+    "ideal",
     "load",
     "log_likelihood",
     "normal",
     "slerp",
     "solvers",
     "unaccelerate",
+    "variational_bound",
 ]

@@ -78,7 +78,7 @@ def load(source: str | os.PathLike[str]) -> Checkpoint:
     if path.name == str(source) and (ASSETS / f"{source}.safetensors").is_file():
         path = ASSETS / f"{source}.safetensors"
     if not path.is_file():
-        shipped = ", ".join(sorted(p.stem for p in ASSETS.glob("*.safetensors"))) or "none"
+        shipped = ", ".join(sorted(p.stem for p in ASSETS.glob("*.safetensors") if p.stem != "classifier")) or "none"
         raise CheckpointError(f"no checkpoint {str(source)!r}: neither a .safetensors file nor a shipped one (shipped: {shipped})")
     tensors, about = read_tensors(path)
     if "format" not in about:
