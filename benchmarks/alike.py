@@ -21,7 +21,7 @@ import fastdiff
 from benchmarks.conftest import described
 from benchmarks.layers import writable
 from benchmarks.quality import Distance
-from fastdiff import cli, data, sample
+from fastdiff import cli, data
 from fastdiff.devices import pick_device
 from fastdiff.files import atomic_write
 
@@ -34,9 +34,9 @@ WAYS = ("fused float32", "no bfloat16", "fused bfloat16", "fused fp8")
 def way(text: str) -> tuple[str, str]:
     """COMPILE DTYPE. A ValueError is argparse's to report."""
     compile, _, dtype = text.partition(" ")
-    if compile not in ("yes", "no", "fused") or dtype not in sample.DTYPES:
+    if compile not in ("yes", "no", "fused") or dtype not in cli.DTYPES:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not 'yes', 'no' or 'fused' and then one of {', '.join(sample.DTYPES)}, such as 'fused fp8'"
+            f"{text!r} is not 'yes', 'no' or 'fused' and then one of {', '.join(cli.DTYPES)}, such as 'fused fp8'"
         )
     return compile, dtype
 
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def images(compile: str, dtype: str) -> np.ndarray:
         sampler = checkpoint.sampler(
-            solver=args.solver, steps=args.steps, device=device, dtype=sample.DTYPES[dtype], compile=sample.WAYS.get(compile, compile)
+            solver=args.solver, steps=args.steps, device=device, dtype=cli.DTYPES[dtype], compile=cli.WAYS.get(compile, compile)
         )  # fmt: skip
         made = sampler(args.batch, seed=1, labels=labels, guidance=args.guidance, progress=sys.stderr.isatty())
         return data.to_uint8(made).cpu().numpy()
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
             f"the others by {found['largest_of_near']} at most",
             flush=True,
         )
-        about = described(device.type, torch.float32 if dtype == "fp8" else sample.DTYPES[dtype], (args.batch, *checkpoint.shape))
+        about = described(device.type, torch.float32 if dtype == "fp8" else cli.DTYPES[dtype], (args.batch, *checkpoint.shape))
         settings = {"solver": args.solver, "steps": args.steps, "guidance": args.guidance, "way": compile, "dtype": dtype}
         floors = {"fp32_distance": round(of_truth, 2), "training_distance": round(training, 2), "held_out_distance": round(held_out, 2)}
         rows.append({"name": f"alike[{compile} {dtype}]", "extra_info": about | settings | found | floors})

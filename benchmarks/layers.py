@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import gauges
 from benchmarks.conftest import LAUNCHES, captured, described, in_turn, interleave
 from fastdiff import Checkpoint, cli, library, load, ops, reference, tuned
+from fastdiff.cli import DTYPES
 from fastdiff.devices import pick_device
 from fastdiff.files import atomic_write
 from fastdiff.fused import Convolution, FusedUNet, calibrate
-from fastdiff.sample import DTYPES
 
 PROG = "python -m benchmarks.layers"
 ROWS = {"cuda": 1024, "cpu": 64}

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import fastdiff
-from fastdiff import data, sample
+from fastdiff import cli, data
 
 IMAGES = 480
 
@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description="How near samples come to the training images.")
     parser.add_argument("settings", nargs="+", metavar="SOLVER,STEPS,GUIDANCE[,SPACING]")
     parser.add_argument("--checkpoint", default="sprites", metavar="FILE")
-    parser.add_argument("--dtype", choices=list(sample.DTYPES))
+    parser.add_argument("--dtype", choices=list(cli.DTYPES))
     parser.add_argument("--compile", choices=["auto", "yes", "no", "fused"], default="auto")
     args = parser.parse_args()
     checkpoint, distance = fastdiff.load(args.checkpoint), Distance()
@@ -80,7 +80,7 @@ def main() -> None:
     for setting in args.settings:
         solver, steps, guidance, *spacing = setting.split(",")
         sampler = checkpoint.sampler(
-            solver=solver, steps=int(steps), dtype=sample.DTYPES.get(args.dtype), compile=sample.WAYS.get(args.compile, args.compile),
+            solver=solver, steps=int(steps), dtype=cli.DTYPES.get(args.dtype), compile=cli.WAYS.get(args.compile, args.compile),
             **({"spacing": spacing[0]} if spacing else {}),
         )  # fmt: skip
         began = time.perf_counter()

@@ -25,11 +25,11 @@ from torch import Tensor
 from benchmarks.conftest import described, interleave
 from benchmarks.layers import Layer, by_library, fused_network, launches, layers_of, repeated, writable
 from fastdiff import cli, load, ops, tuned, ways
+from fastdiff.cli import DTYPES
 from fastdiff.devices import pick_device
 from fastdiff.files import atomic_write
 from fastdiff.fused import FusedUNet
 from fastdiff.loop import Network
-from fastdiff.sample import DTYPES
 from fastdiff.sampler import _compiled, _room_to_compile
 
 PROG = "python -m benchmarks.tune"

@@ -7,9 +7,13 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
+
+# What commands call --dtype and --compile, as Sampler takes them.
+DTYPES: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": "fp8"}
+WAYS: dict[str, Any] = {"yes": True, "no": False}
 
 
 class Parser(argparse.ArgumentParser):

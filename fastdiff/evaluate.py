@@ -34,8 +34,6 @@ from .metrics import Estimate
 from .sampler import calm_bar
 
 PROG = "python -m fastdiff.evaluate"
-DTYPES: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": "fp8"}
-WAYS: dict[str, Any] = {"yes": True, "no": False}
 SOLVER, STEPS, GUIDANCE = "unipc", 10, 2.0
 COUNT, SWEEP_COUNT = 800, 400
 EVALUATIONS = (5, 7, 10, 14, 20, 30)
@@ -660,7 +658,7 @@ def parser() -> cli.Parser:
     g.add_argument("--guidance", type=cli.number(float, 0), metavar="W", help=f"how strongly to follow the class ({GUIDANCE:g})")
     g.add_argument("--seed", type=cli.whole(0, 2**63 - 1), default=0, help="of samples, of the images to compare with, of the errors (0)")
     g.add_argument("--compile", choices=["auto", "yes", "no", "fused"], help="as python -m fastdiff.sample has it (auto)")
-    g.add_argument("--dtype", choices=list(DTYPES), metavar="TYPE", help=f"of the network: {', '.join(DTYPES)}")
+    g.add_argument("--dtype", choices=list(cli.DTYPES), metavar="TYPE", help=f"of the network: {', '.join(cli.DTYPES)}")
     g = p.add_argument_group("instead of one evaluation").add_mutually_exclusive_group()
     g.add_argument(
         "--sweep", action="store_true", help="every solver over numbers of network evaluations: sweep.json, sweep.png, and which it would choose; "
@@ -731,7 +729,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         warnings.warn(f"{stick.count} images are compared, not {count}: {why}", stacklevel=1)
     guidance = GUIDANCE if args.guidance is None else args.guidance
-    options = {"device": device, "dtype": DTYPES.get(args.dtype), "compile": WAYS.get(args.compile, args.compile or "auto")}
+    options = {"device": device, "dtype": cli.DTYPES.get(args.dtype), "compile": cli.WAYS.get(args.compile, args.compile or "auto")}
     about: dict[str, Any] = {
         "data": args.data, "data_sha256": dataset.digest(), "count": stick.count, "seed": args.seed, "features": stick.features.name,
         "features_sha256": digest(stick.features.module),

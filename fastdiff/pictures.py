@@ -160,7 +160,7 @@ def figure(
     tops = []
     for r, _ in enumerate(rows):
         tops.append(top)
-        top += high + GAP
+        top += max(high, height_of(labels[r], LABEL) if r < len(labels) else 0) + GAP
         if r < len(captions):
             top += max((height_of(entry, CAPTION) for _, _, entry in captions[r]), default=0) + GAP // 2
     note_at, top = top + GAP // 2, top + (height_of(note, CAPTION) + GAP if note else 0)
@@ -187,7 +187,7 @@ def figure(
     for r, row in enumerate(rows):
         if r < len(labels):
             lines = height_of(labels[r], LABEL)
-            write(draw, (MARGIN, tops[r] + (high - lines) // 2), labels[r], LABEL)
+            write(draw, (MARGIN, tops[r] + max(high - lines, 0) // 2), labels[r], LABEL)
         for column, tile in enumerate(row):
             x = lefts[column] + (place - wide) // 2
             if tile is not None:

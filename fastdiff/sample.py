@@ -20,8 +20,6 @@ from .files import atomic_write, make_folder
 from .sampler import Sampler
 
 PROG = "python -m fastdiff.sample"
-DTYPES: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": "fp8"}
-WAYS: dict[str, Any] = {"yes": True, "no": False}
 GRID_COLUMNS = 20
 
 
@@ -69,9 +67,9 @@ def parser() -> cli.Parser:
     p.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
     p.add_argument(
         "--dtype",
-        choices=list(DTYPES),
+        choices=list(cli.DTYPES),
         metavar="TYPE",
-        help=f"of the network: {', '.join(DTYPES)} (bfloat16 on cuda, float32 on cpu); fp8, for an H100 or newer, is bfloat16 with "
+        help=f"of the network: {', '.join(cli.DTYPES)} (bfloat16 on cuda, float32 on cpu); fp8, for an H100 or newer, is bfloat16 with "
         "coarser residual blocks",
     )
     p.add_argument("--micro-batch", type=cli.whole(1), metavar="N", help="images worked on at a time (what suits the device)")
@@ -151,8 +149,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.spacing is not None:
         options["spacing"] = args.spacing
     sampler = checkpoint.sampler(
-        solver=args.solver, steps=args.steps, device=device, dtype=DTYPES.get(args.dtype), micro_batch=args.micro_batch or "auto",
-        compile=WAYS.get(args.compile, args.compile), **options,
+        solver=args.solver, steps=args.steps, device=device, dtype=cli.DTYPES.get(args.dtype), micro_batch=args.micro_batch or "auto",
+        compile=cli.WAYS.get(args.compile, args.compile), **options,
     )  # fmt: skip
     if args.warmup:
         return warm_up(sampler, bool(kinds) and args.guidance != 1, args.json)

@@ -127,8 +127,8 @@ which is what it means that the network has learned sprites and not a list of th
 image to its noise, gives its value: where paths crowd together, <i>p</i> is high. It is written in bits for each of the {numbers} numbers, as a
 file size: the fewer, the likelier. Sprites that the network has never seen are cheap. Most are dearer upside down, dearer still with
 their pixels shuffled, and noise is dearest: a good model finds the usual usual, and is surprised by the rest. But look at the last row.
-The likeliest image of all is an empty one. Likely is not the same as typical: there is one empty image, and there are countless sprites,
-each less likely, and nearly all draws come from them.</p>
+The likeliest image of them all is the empty one. Likely is not the same as typical: there is one empty image, and there are countless
+sprites, each less likely, and nearly all draws come from them.</p>
 <p>That is the subject in a line: learn to take noise away at every level, and you have learned <i>p</i>(image).</p>""",
     ),
 )
