@@ -51,7 +51,7 @@ METRICS = (
     ("novelty", "novelty", "higher", None),
 )
 RULE = (
-    "the fewest network evaluations whose Fréchet distance is within one standard error of the least in the sweep; "
+    "the fewest network evaluations whose Fréchet distance is above the least in the sweep by at most one standard error of their difference; "
     "of several, the one with the least distance"
 )
 
@@ -448,7 +448,11 @@ def choice(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The row of a sweep that RULE picks."""
     values = [row["metrics"]["frechet"] for row in rows]
     best = min(values, key=lambda v: v["value"])
-    near = [row for row, v in zip(rows, values, strict=True) if v["value"] <= best["value"] + best["standard_error"]]
+    near = [
+        row
+        for row, v in zip(rows, values, strict=True)
+        if v["value"] - best["value"] <= math.hypot(v["standard_error"], best["standard_error"])
+    ]
     return min(near, key=lambda row: (row["evaluations"], row["metrics"]["frechet"]["value"]))
 
 

@@ -495,9 +495,11 @@ def rows(*values):
     ]
 
 
-def test_the_rule_takes_the_fewest_evaluations_within_one_error_of_the_least():
-    made = rows(("a", 5, 3.0, 0.5), ("a", 10, 1.0, 0.2), ("b", 5, 1.3, 0.9), ("b", 8, 1.15, 0.1), ("c", 8, 1.1, 0.1))
-    assert evaluate.choice(made)["solver"] == "c" and evaluate.choice(made)["steps"] == 8
+def test_the_rule_takes_the_fewest_evaluations_within_one_error_of_the_difference_to_the_least():
+    made = rows(("a", 5, 3.0, 0.5), ("a", 10, 1.0, 0.2), ("b", 5, 1.3, 0.1), ("b", 8, 1.15, 0.1), ("c", 8, 1.1, 0.1), ("c", 6, 1.22, 0.1))
+    # 0.22 is one error of the difference, sqrt(0.2^2 + 0.1^2), and more than either; 0.3 is not within it.
+    assert evaluate.choice(made) == made[5]
+    assert evaluate.choice(made[:5]) == made[4]
     assert evaluate.choice(made[:3]) == made[1]
 
 
