@@ -1,15 +1,20 @@
-"""What the commands share: parsing in one line, bad input as one line and exit code 2, devices by name."""
+"""What the commands share: parsing in one line, bad input as one line and exit code 2, an orderly end, a log."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import math
+import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+from tqdm import tqdm
 
 # What commands call --dtype and --compile, as Sampler takes them.
 DTYPES: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": "fp8"}
@@ -43,8 +48,39 @@ def whole(low: int, high: float = math.inf) -> Callable[[str], int | float]:
     return number(int, low, high, "whole number")
 
 
+LEVELS = ("debug", "info", "warning", "error")
+
+
+class _Lines(logging.Handler):
+    """Log records as lines on stderr, above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(" ".join(self.format(record).split()), file=sys.stderr)
+
+
+def add_log_level(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--log-level", choices=LEVELS, default="warning", help="how much to say on stderr (warning)")
+
+
+def start_log(level: str) -> None:
+    """Send what the library logs, as `fastdiff.*`, to stderr, one line each, with the time and, under torchrun, the rank."""
+    log = logging.getLogger("fastdiff")
+    log.handlers = [_Lines()]
+    rank = f" [rank {os.environ['RANK']}]" if "RANK" in os.environ else ""
+    log.handlers[0].setFormatter(logging.Formatter(f"%(asctime)s{rank} %(levelname)s %(name)s: %(message)s"))
+    log.setLevel(level.upper())
+    log.propagate = False
+
+
+def _terminate(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough; what is under way is being put in order
+    raise KeyboardInterrupt
+
+
 def run(main: Callable[[], int], prog: str) -> NoReturn:
-    """Run a command: bad input and failing disks are one line on stderr and exit code 2, Ctrl-C is 130. Warnings are one line, too."""
+    """Run a command: bad input and failing disks are one line on stderr and exit code 2, Ctrl-C and SIGTERM are 130. Warnings are one line, too."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     warnings.formatwarning = lambda message, *_, **__: f"{prog}: {' '.join(str(message).split())}\n"
     try:
         code = main()
@@ -57,7 +93,7 @@ def run(main: Callable[[], int], prog: str) -> NoReturn:
             raise
         print(f"{prog}: out of memory; ask for fewer or smaller images at a time (--batch, --micro-batch, --size)", file=sys.stderr)
         code = 2
-    except KeyboardInterrupt:
-        print(f"\n{prog}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(f"\n{prog}: interrupted{'; ' * bool(str(e))}{e}", file=sys.stderr)
         code = 130
     sys.exit(code)

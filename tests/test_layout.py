@@ -13,9 +13,24 @@ PACKAGE = ROOT / "fastdiff"
 
 # A module may import those of the lines above its own, and what its line names of its own.
 LAYERS = [
-    {"schedules", "reference", "files", "data", "unet", "unet2d", "cli", "devices", "winograd", "tuned", "ideal", "metrics"},
-    {"solvers", "library", "ways", "pictures"},
-    {"ops"},
+    {
+        "schedules",
+        "reference",
+        "files",
+        "data",
+        "unet",
+        "unet2d",
+        "cli",
+        "devices",
+        "winograd",
+        "tuned",
+        "ideal",
+        "metrics",
+        "distributed",
+        "progress",
+    },
+    {"solvers", "library", "ways", "pictures", "runs"},
+    {"ops", "collect"},
     {"noise", "fused", "rewrite"},
     {"loop"},
     {"sampler", "likelihood"},

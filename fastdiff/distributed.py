@@ -1,0 +1,117 @@
+"""Several processes of one job, as torchrun starts them: who one of them is, and what they say to each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
+
+# A rank that is done waits for the slowest. One that has died does not keep the others waiting: its connections close, and torchrun ends them.
+TIMEOUT = timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of a job, seen from one. rank: 0 to world - 1; local: its number on its machine. attempt: how often torchrun has restarted them.
+
+    Tensors that pass between the ranks must be equal in shape everywhere. A group of one has nobody to ask, and answers at once.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+    attempt: int = 0
+    _store: Any = None
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until all are here."""
+        self.sum(torch.zeros(1))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks, the same bits on each. ConnectionError where one of them has ended."""
+        if self.world > 1:
+            values = values.clone()
+            with _lost():
+                dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on one of them."""
+        return bool(self.sum(torch.tensor([float(flag)]))[0])
+
+    def agree(self, values: Tensor) -> bool:
+        """Whether rank 0 has the same values. values: a CPU tensor."""
+        told = values.clone()
+        if self.world > 1:
+            with _lost():
+                dist.broadcast(told, 0)
+        return torch.equal(told, values)
+
+    def add(self, name: str, number: int) -> int:
+        """Add to a number that all see, and return what it is now, without waiting for anyone. It begins at 0, and again after a restart."""
+        return int(self._store.add(name, number)) if self.world > 1 else number
+
+
+@contextmanager
+def _lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as e:
+        reason = str(e).partition("]")[2].partition(". ")[0].strip() or str(e).splitlines()[0]
+        raise ConnectionError(f"another process of this job has ended ({reason})") from None
+
+
+def launched() -> bool:
+    """Whether torchrun, or what speaks its language, has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+@contextmanager
+def join(cuda: bool = False) -> Iterator[Group]:
+    """The group that this process belongs to, as long as the block lasts: from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or alone.
+
+    cuda: CUDA tensors pass between ranks too (by NCCL; those of the CPU always by gloo). ValueError where the variables make no sense.
+    """
+    if not launched():
+        yield Group(attempt=_number("TORCHELASTIC_RESTART_COUNT", 0))
+        return
+    rank, world = _number("RANK"), _number("WORLD_SIZE")
+    if not 0 <= rank < world:
+        raise ValueError(f"RANK is {rank} and WORLD_SIZE {world}; start the processes with torchrun, which sets them")
+    attempt = _number("TORCHELASTIC_RESTART_COUNT", 0)
+    store, rank, world = next(rendezvous("env://", rank, world, timeout=timedelta(minutes=10)))
+    store.set_timeout(TIMEOUT)
+    # torchrun's static rendezvous keeps its store over restarts, with what those that died have left in it.
+    store = PrefixStore(f"fastdiff/{attempt}", store)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=world, timeout=TIMEOUT)
+    yield Group(rank, world, _number("LOCAL_RANK", rank), attempt, PrefixStore("counters", store))
+    dist.destroy_process_group()  # not after an error: the others do not come, and are not waited for
+
+
+def own_device(name: str | None, local: int) -> str | None:
+    """The device of a rank: what was asked for, but of "cuda", or of the best there is, the GPU with the rank's number."""
+    if name == "cuda" or (name is None and torch.cuda.is_available()):
+        return f"cuda:{local}"
+    return name
+
+
+def _number(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name, "" if default is None else str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"the environment variable {name} is {text!r}; start the processes with torchrun, which sets it") from None
