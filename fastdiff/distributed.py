@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -30,7 +32,7 @@ class Group:
     world: int = 1
     local: int = 0
     attempt: int = 0
-    _store: Any = None
+    store: Any = field(default_factory=lambda: _Counts(), repr=False, compare=False)
 
     @property
     def first(self) -> bool:
@@ -44,7 +46,7 @@ class Group:
         """The sum over ranks, the same bits on each. ConnectionError where one of them has ended."""
         if self.world > 1:
             values = values.clone()
-            with _lost():
+            with lost():
                 dist.all_reduce(values)
         return values
 
@@ -56,22 +58,39 @@ class Group:
         """Whether rank 0 has the same values. values: a CPU tensor."""
         told = values.clone()
         if self.world > 1:
-            with _lost():
+            with lost():
                 dist.broadcast(told, 0)
         return torch.equal(told, values)
 
     def add(self, name: str, number: int) -> int:
         """Add to a number that all see, and return what it is now, without waiting for anyone. It begins at 0, and again after a restart."""
-        return int(self._store.add(name, number)) if self.world > 1 else number
+        return int(self.store.add(name, number))
+
+
+class _Counts(collections.Counter[str]):
+    """What a group of one counts in, as a store does it."""
+
+    def add(self, name: str, number: int) -> int:
+        self[name] += number
+        return self[name]
 
 
 @contextmanager
-def _lost() -> Iterator[None]:
+def lost() -> Iterator[None]:
+    """ConnectionError, in one line, for what the backends say of another process that has ended. Other errors stay as they are."""
     try:
         yield
     except RuntimeError as e:
+        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+            raise
         reason = str(e).partition("]")[2].partition(". ")[0].strip() or str(e).splitlines()[0]
         raise ConnectionError(f"another process of this job has ended ({reason})") from None
+
+
+def job() -> str:
+    """What this job is called over all its restarts: torchrun's --rdzv-id, or who runs torchrun where it has none, or "" without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"{platform.node()} {os.getppid()}" if name == "none" else name
 
 
 def launched() -> bool:

@@ -1,8 +1,9 @@
-"""Files that are whole or not there: write beside the target, flush to disk, rename."""
+"""Files that are whole or not there: write beside the target, flush to disk, rename; and a folder that one writes to at a time."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,12 +22,32 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
+        flush_folder(path.parent)
     except OSError as e:
         if e.errno is None:  # an encoder's own words
             raise
         raise OSError(e.errno, e.strerror, str(path)) from None  # the name that the user knows
     finally:
         part.unlink(missing_ok=True)
+
+
+def flush_folder(path: Path) -> None:
+    """Have the names in a folder on the disk too, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        number = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def remove_parts(folder: Path, pattern: str = "*") -> None:
+    """Remove what `atomic_write` left undone of files so named, where its process was killed."""
+    for part in folder.glob(f".{pattern}.*.part"):
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:

@@ -1,4 +1,4 @@
-"""Make images: `python -m fastdiff.sample`. Writes samples.npz and grid.png."""
+"""Make images: `python -m fastdiff.sample`. Writes samples.npz and grid.png, or, of many, shards that outlast whatever stops it."""
 
 from __future__ import annotations
 
@@ -6,28 +6,35 @@ import argparse
 import functools
 import inspect
 import json
+import logging
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from . import cli, data, solvers, ways
-from .checkpoint import load
+from . import __version__, cli, collect, data, distributed, runs, solvers, ways
+from .checkpoint import Checkpoint, load
 from .devices import pick_device
+from .distributed import Group
 from .files import atomic_write, make_folder
+from .progress import Progress
 from .sampler import Sampler
 
 PROG = "python -m fastdiff.sample"
 GRID_COLUMNS = 20
+
+log = logging.getLogger(__name__)
 
 
 def parser() -> cli.Parser:
     p = cli.Parser(
         prog=PROG,
         description="Turn noise into images. An image is decided by --seed and its number (--first, --first + 1, ...), whatever the batch: "
-        "ask for more and the first ones stay the same.",
+        "ask for more and the first ones stay the same. With --shard-size it is a run of many images, which may be stopped and killed: the same "
+        "command goes on with it, and under torchrun several processes share it.",
     )
     p.add_argument("--batch", type=cli.whole(1), default=64, metavar="N", help="how many images (default 64)")
     p.add_argument(
@@ -85,7 +92,27 @@ def parser() -> cli.Parser:
         action="store_true",
         help="make no images: compile the network, keep what was compiled, measure which way is the fastest here, and remember it",
     )
-    p.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    p.add_argument(
+        "--json", action="store_true", help="print the report as one JSON object, and before it, of a run, a line of progress now and then"
+    )
+    cli.add_log_level(p)
+    g = p.add_argument_group("runs of many images")
+    g.add_argument(
+        "--shard-size",
+        type=cli.whole(1),
+        metavar="N",
+        help="write numbered shards of N images and a manifest into --out, so that nothing is lost but the shards under way; a run that is there "
+        "goes on, if all that decides its images is the same",
+    )
+    g.add_argument(
+        "--verify", action="store_true", help="look at every shard of the run in --out: exit code 0 if all are there and right, else 1"
+    )
+    g.add_argument(
+        "--collect",
+        metavar="FILE",
+        help="write the images of the run in --out, once it is complete, into one .npz, one .npy, a WebDataset .tar (one a shard with %%06d in its "
+        "name), or, under any other name, a folder of PNGs",
+    )
     return p
 
 
@@ -136,29 +163,47 @@ def picture(images: np.ndarray, labels: np.ndarray | None, kinds: int) -> np.nda
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    ways.keep_compiled()
-    device = pick_device(args.device)
-    began = time.perf_counter()
-    checkpoint = load(args.checkpoint)
-    kinds = class_numbers(args.label, checkpoint.classes, args.checkpoint)
-    if args.first + args.batch > 1 << 63:
-        raise ValueError(f"--first {args.first} with --batch {args.batch} passes the last image number, {(1 << 63) - 1}")
-    options = dict(args.option or ())
-    if reserved := options.keys() & inspect.signature(Sampler).parameters.keys():
-        raise ValueError(f"--option is for the solver; {', '.join(sorted(reserved))} has an option of its own, or none (--help)")
-    if args.spacing is not None:
-        options["spacing"] = args.spacing
-    sampler = checkpoint.sampler(
-        solver=args.solver, steps=args.steps, device=device, dtype=cli.DTYPES.get(args.dtype), micro_batch=args.micro_batch or "auto",
-        compile=cli.WAYS.get(args.compile, args.compile), **options,
-    )  # fmt: skip
-    if args.warmup:
-        return warm_up(sampler, bool(kinds) and args.guidance != 1, args.json)
+    cli.start_log(args.log_level)
+    if not args.shard_size and (args.verify or args.collect):
+        return look(args)
+    with distributed.join() as group:
+        if group.world > 1 and (not args.shard_size or args.warmup):
+            raise ValueError(
+                f"{group.world} processes share the shards of a run; give --shard-size, or start one process, without torchrun"
+            )
+        ways.keep_compiled()
+        device = pick_device(distributed.own_device(args.device, group.local))
+        began = time.perf_counter()
+        checkpoint = load(args.checkpoint)
+        kinds = class_numbers(args.label, checkpoint.classes, args.checkpoint)
+        if args.first + args.batch > 1 << 63:
+            raise ValueError(f"--first {args.first} with --batch {args.batch} passes the last image number, {(1 << 63) - 1}")
+        options = dict(args.option or ())
+        if reserved := options.keys() & inspect.signature(Sampler).parameters.keys():
+            raise ValueError(f"--option is for the solver; {', '.join(sorted(reserved))} has an option of its own, or none (--help)")
+        if args.spacing is not None:
+            options["spacing"] = args.spacing
+        sampler = checkpoint.sampler(
+            solver=args.solver, steps=args.steps, device=device, dtype=cli.DTYPES.get(args.dtype), micro_batch=args.micro_batch or "auto",
+            compile=cli.WAYS.get(args.compile, args.compile), **options,
+        )  # fmt: skip
+        guidance = args.guidance if kinds else 1.0
+        if args.warmup:
+            return warm_up(sampler, guidance != 1, args.json)
+        if args.shard_size:
+            share(args, checkpoint, sampler, kinds, guidance, options, group, began)
+            return look(args) if group.first and (args.verify or args.collect) else 0
+        return once(args, checkpoint, sampler, kinds, guidance, began)
+
+
+def once(args: argparse.Namespace, checkpoint: Checkpoint, sampler: Sampler, kinds: list[int], guidance: float, began: float) -> int:
+    """All images in one call, one file and one picture."""
+    if (Path(args.out) / runs.MANIFEST).exists():
+        raise ValueError(f"{args.out} holds a run in shards; give its --shard-size to go on with it, or another --out")
     out = make_folder(args.out)
     loaded = time.perf_counter()
     ids = args.first + np.arange(args.batch)
     labels = np.array(kinds)[ids % len(kinds)] if kinds else None
-    guidance = args.guidance if kinds else 1.0
     sampler.warmup(guidance != 1, n=args.batch)
     compiled = time.perf_counter()
     images = sampler(
@@ -173,27 +218,130 @@ def main(argv: list[str] | None = None) -> int:
         arrays |= {"labels": labels.astype(np.int64), "classes": np.array(checkpoint.classes)}
     with atomic_write(out / "samples.npz") as f:
         np.savez_compressed(f, **arrays)
-    with atomic_write(out / "grid.png") as f:
-        data.grid(picture(pixels, labels, len(checkpoint.classes)), GRID_COLUMNS, scale=3).save(f, format="PNG")
-
+    draw_grid(out, pixels, labels, len(checkpoint.classes))
     seconds = sampled - compiled
     report = {
-        "samples": str(out / "samples.npz"), "grid": str(out / "grid.png"), "images": args.batch, "device": device_name(device),
-        "dtype": str(sampler.dtype).removeprefix("torch."), "solver": args.solver, "steps": args.steps, "guidance": guidance,
-        "way": sampler.way,
+        "samples": str(out / "samples.npz"), "grid": str(out / "grid.png"), "images": args.batch,
+        **settings(args, sampler, guidance),
         "load_s": round(loaded - began, 3), "compile_s": round(compiled - loaded, 3), "sample_s": round(seconds, 3),
         "images_per_s": round(args.batch / seconds, 1),
     }  # fmt: skip
-    if args.json:
-        print(json.dumps(report))
-    else:
-        print(f"{args.batch} images in {report['samples']}, a look at them in {report['grid']}")
-        print(f"{report['device']}, {report['dtype']}, {sampler.way}; {args.solver}, {args.steps} steps, guidance {guidance:g}")
-        print(
-            f"load {report['load_s']:.1f} s, compile {report['compile_s']:.1f} s, "
-            f"sampling {seconds:.1f} s: {report['images_per_s']:.0f} images/s"
-        )
+    say(report, args.json, f"{args.batch} images in {report['samples']}, a look at them in {report['grid']}")
     return 0
+
+
+def share(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    sampler: Sampler,
+    kinds: list[int],
+    guidance: float,
+    options: dict[str, Any],
+    group: Group,
+    began: float,
+) -> None:
+    """The shards of a run that are still to be made, shared out among the processes of a group."""
+    channels, height, width = checkpoint.shape
+    config = {
+        "images": args.batch, "first": args.first, "seed": args.seed, "shard_size": args.shard_size, "shape": [height, width, channels],
+        "labels": kinds or None, "classes": list(checkpoint.classes) or None, "checkpoint_sha256": getattr(checkpoint, "digest", ""),
+        "solver": args.solver, "steps": args.steps, "options": options, "guidance": guidance,
+        "dtype": args.dtype or str(sampler.dtype).removeprefix("torch."), "way": sampler.way, "micro_batch": args.micro_batch or "auto",
+        "device": model_of(sampler.device), "torch": torch.__version__, "fastdiff": __version__,
+    }  # fmt: skip
+    with runs.hold(args.out, config, group) as run:
+        plan = run.plan
+        to_make = sum(plan.size(k) for k in run.todo)
+        loaded = compiled = time.perf_counter()
+        if run.todo:
+            sampler.warmup(guidance != 1, n=plan.size(run.todo[0]))
+            compiled = time.perf_counter()
+        with Progress(args.batch, args.batch - to_make, group=group, as_json=args.json) as progress:
+
+            def draw(ids: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
+                images = sampler(
+                    len(ids), seed=args.seed, first=int(ids[0]), labels=None if labels is None else torch.from_numpy(labels),
+                    guidance=guidance, progress=progress.part(len(ids)),
+                )  # fmt: skip
+                return data.to_uint8(images).cpu().numpy()
+
+            run.make(draw)
+        run.finish()
+        seconds = time.perf_counter() - compiled
+        if not group.first:
+            return
+        out = Path(args.out)
+        wanted, shown = GRID_COLUMNS * (len(kinds) or 10), []
+        for _, images in runs.shards(out, run.manifest):
+            shown.append(images)
+            if sum(map(len, shown)) >= wanted:
+                break
+        pixels = np.concatenate(shown)[:wanted]
+        draw_grid(out, pixels, plan.labels(plan.first + np.arange(len(pixels))), len(checkpoint.classes))
+    report = {
+        "event": "done", "run": str(out), "manifest": str(out / runs.MANIFEST), "grid": str(out / "grid.png"), "images": args.batch,
+        "shards": plan.count, "made": len(run.todo), "processes": group.world, **settings(args, sampler, guidance),
+        "load_s": round(loaded - began, 3), "compile_s": round(compiled - loaded, 3), "sample_s": round(seconds, 3),
+        "images_per_s": round(to_make / seconds, 1),
+    }  # fmt: skip
+    there = f", {plan.count - len(run.todo)} of them there already" * (len(run.todo) < plan.count)
+    say(report, args.json, f"{args.batch} images in {plan.count} shards in {out}{there}; a look at them in {report['grid']}")
+
+
+def look(args: argparse.Namespace) -> int:
+    """Check a run, or collect it, or both. Exit code 1 where it is not complete and right."""
+    if args.verify:
+        found = runs.verify(args.out)
+        report = {
+            "event": "verified", "run": str(args.out), "shards": found.plan.count, "missing": list(found.missing), "altered": list(found.altered),
+            "sha256": found.sha256,
+        }  # fmt: skip
+        if args.json:
+            print(json.dumps(report))
+        elif found.right:
+            print(f"{args.out}: all {found.plan.count} shards are there and right; sha256 of the pixels {found.sha256}")
+        else:
+            faults = {"missing": found.missing, "altered": found.altered}
+            said = "; ".join(f"{len(shards)} {what} ({runs.ranges(shards)})" for what, shards in faults.items() if shards)
+            print(f"{args.out}: of {found.plan.count} shards {said}; the run's command, started again, makes them")
+        if not found.right:
+            return 1
+    if args.collect:
+        total = runs.read_run(args.out).plan.images
+        with Progress(total, as_json=args.json) as progress:
+            made = collect.collect(args.out, args.collect, lambda images: progress.move(images))
+        if args.json:
+            print(json.dumps({"event": "collected", "file": str(made.path), "images": made.images, "sha256": made.sha256}))
+        else:
+            print(f"{made.images} images in {made.path}; sha256 of the pixels {made.sha256}")
+    return 0
+
+
+def settings(args: argparse.Namespace, sampler: Sampler, guidance: float) -> dict[str, Any]:
+    """What a report says of how images were made."""
+    return {
+        "device": device_name(sampler.device), "dtype": str(sampler.dtype).removeprefix("torch."), "solver": args.solver, "steps": args.steps,
+        "guidance": guidance, "way": sampler.way,
+    }  # fmt: skip
+
+
+def draw_grid(out: Path, pixels: np.ndarray, labels: np.ndarray | None, kinds: int) -> None:
+    with atomic_write(out / "grid.png") as f:
+        data.grid(picture(pixels, labels, kinds), GRID_COLUMNS, scale=3).save(f, format="PNG")
+
+
+def say(report: dict[str, Any], as_json: bool, headline: str) -> None:
+    if as_json:
+        print(json.dumps(report))
+        return
+    print(headline)
+    print(
+        f"{report['device']}, {report['dtype']}, {report['way']}; {report['solver']}, {report['steps']} steps, guidance {report['guidance']:g}"
+    )
+    print(
+        f"load {report['load_s']:.1f} s, compile {report['compile_s']:.1f} s, sampling {report['sample_s']:.1f} s: "
+        f"{report['images_per_s']:.0f} images/s"
+    )
 
 
 def warm_up(sampler: Sampler, guided: bool, as_json: bool) -> int:
@@ -229,6 +377,11 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
+
+
+def model_of(device: torch.device) -> str:
+    """The kind of device as far as it decides the bits of a network's arithmetic: a GPU's model, a CPU's vector instructions."""
+    return device_name(device) if device.type == "cuda" else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
 
 
 if __name__ == "__main__":

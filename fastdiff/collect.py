@@ -1,0 +1,184 @@
+"""A run's shards as one .npz, one .npy, a WebDataset tar or a folder of PNGs, one shard in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image
+
+from . import runs
+from .files import atomic_write, flush_folder, remove_parts
+from .runs import Plan, RunError
+
+CHUNK = 1 << 16  # ids and labels written at a time
+
+# (shard, images uint8 [n, H, W, C])
+Shards = Iterator[tuple[int, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What `collect` has made. sha256: of all pixels in the order of their numbers, so the same for all formats, shard sizes and machines."""
+
+    path: Path
+    images: int
+    sha256: str
+
+
+def collect(
+    folder: str | os.PathLike[str], target: str | os.PathLike[str], progress: Callable[[int], object] = lambda images: None
+) -> Collected:
+    """Write the images of a complete run into one place, checking each shard's digest on the way. By the name of the target:
+
+    - X.npz: images uint8 [N, H, W, C], ids int64 [N], and labels int64 [N] and classes where there are any, as `fastdiff.data.load` reads it.
+    - X.npy: such images alone, to be mapped into memory by numpy.load(X, mmap_mode="r"); labels in X_labels.npy.
+    - X.tar: WebDataset, for each image its number as 000000000012.png and .cls. With a %d in the name (X-%06d.tar) one tar a shard.
+    - anything else: a folder of PNGs, not there before, with a sub-folder a class.
+
+    The target is whole or, after an error, as it was. progress: called with the number of images after each shard. RunError where the run is
+    not complete, or the target cannot be.
+    """
+    folder, target = Path(folder), Path(target)
+    manifest = runs.read_run(folder)
+    if manifest.missing:
+        raise RunError(
+            f"{folder} is not complete: shards {runs.ranges(manifest.missing)} of {manifest.plan.count} are missing; "
+            "start its command again, and they are made"
+        )
+    pixels = hashlib.sha256()
+
+    def watched() -> Shards:
+        for k, images in runs.shards(folder, manifest):
+            pixels.update(images.data)
+            yield k, images
+            progress(len(images))
+
+    kinds = {".npz": _npz, ".npy": _npy, ".tar": _tar}
+    if not target.parent.is_dir():
+        raise RunError(f"there is no folder {target.parent} for {target.name}")
+    kinds.get(target.suffix.lower(), _folder)(manifest.plan, watched(), target)
+    return Collected(target, manifest.plan.images, pixels.hexdigest())
+
+
+def _header(f: IO[bytes], dtype: type, shape: tuple[int, ...]) -> None:
+    about = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(f, about)  # type: ignore[arg-type]
+
+
+def _column(f: IO[bytes], plan: Plan, what: Callable[[np.ndarray], np.ndarray | None]) -> None:
+    """Ids, or what is a function of them, int64 [N]."""
+    _header(f, np.int64, (plan.images,))
+    for start in range(0, plan.images, CHUNK):
+        ids = np.int64(plan.first + start) + np.arange(min(CHUNK, plan.images - start), dtype=np.int64)
+        values = what(ids)
+        assert values is not None
+        f.write(values.data)
+
+
+def _pixels(f: IO[bytes], plan: Plan, shards: Shards) -> None:
+    _header(f, np.uint8, (plan.images, *plan.shape))
+    for _, images in shards:
+        f.write(images.data)
+
+
+def _npz(plan: Plan, shards: Shards, target: Path) -> None:
+    with atomic_write(target) as f, zipfile.ZipFile(f, "w") as archive:
+        with archive.open("images.npy", "w", force_zip64=True) as member:
+            _pixels(member, plan, shards)
+        with archive.open("ids.npy", "w", force_zip64=True) as member:
+            _column(member, plan, lambda ids: ids)
+        if plan.kinds:
+            with archive.open("labels.npy", "w", force_zip64=True) as member:
+                _column(member, plan, plan.labels)
+            with archive.open("classes.npy", "w") as member:
+                np.lib.format.write_array(member, np.array(plan.classes), allow_pickle=False)
+
+
+def _npy(plan: Plan, shards: Shards, target: Path) -> None:
+    with atomic_write(target) as f:
+        _pixels(f, plan, shards)
+    if plan.kinds:
+        with atomic_write(target.with_name(f"{target.stem}_labels.npy")) as f:
+            _column(f, plan, plan.labels)
+
+
+def _png(image: np.ndarray) -> bytes:
+    """uint8 [H, W, C] as a PNG file."""
+    out = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(out, format="PNG")
+    return out.getvalue()
+
+
+def _drawable(plan: Plan) -> None:
+    if plan.shape[2] not in (1, 3, 4):
+        raise RunError(f"images of {plan.shape[2]} channels cannot be PNGs; collect them into .npz or .npy")
+
+
+def _tar(plan: Plan, shards: Shards, target: Path) -> None:
+    _drawable(plan)
+    many = len(re.findall(r"%0?\d*d", target.name))
+    if many > 1 or target.name.count("%") > many:
+        raise RunError(f"{target.name} is no name of tars; give one, or one with a single %d, such as sprites-%06d.tar")
+    if many:
+        for k, images in shards:
+            with atomic_write(target.with_name(target.name % k)) as f:
+                _members(f, plan, iter([(k, images)]))
+    else:
+        with atomic_write(target) as f:
+            _members(f, plan, shards)
+
+
+def _members(f: IO[bytes], plan: Plan, shards: Shards) -> None:
+    with tarfile.open(fileobj=f, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
+        for k, images in shards:
+            ids, labels = plan.ids(k), plan.labels(plan.ids(k))
+            for i, number in enumerate(ids):
+                parts = {"png": _png(images[i])} | ({"cls": str(labels[i]).encode()} if labels is not None else {})
+                for suffix, data in parts.items():
+                    member = tarfile.TarInfo(f"{number:012}.{suffix}")  # of time 0 and nobody, so that the same run gives the same file
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+            tar.members.clear()  # type: ignore[attr-defined]  # it would remember all of them to the end
+
+
+def _folder(plan: Plan, shards: Shards, target: Path) -> None:
+    _drawable(plan)
+    if target.exists():
+        raise RunError(f"{target} is there already; give the name of a folder that is not")
+    if target.suffix:
+        raise RunError(f"{target.name} is neither .npz, .npy nor .tar; a folder of PNGs has a name without a suffix")
+    remove_parts(target.parent, target.name)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    names = folder_names(plan.classes)
+    homes = {kind: part / names[kind] for kind in plan.kinds} or {-1: part}
+    try:
+        for home in homes.values():
+            home.mkdir(parents=True)
+        for k, images in shards:
+            ids, labels = plan.ids(k), plan.labels(plan.ids(k))
+            for i, number in enumerate(ids):
+                (homes[-1 if labels is None else int(labels[i])] / f"{number:012}.png").write_bytes(_png(images[i]))
+        os.replace(part, target)
+        flush_folder(target.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def folder_names(classes: tuple[str, ...]) -> list[str]:
+    """Names of folders for classes: letters, digits, blanks, - and _ stay, all else becomes _. Numbered where they would not be told apart."""
+    names = [re.sub(r"[^\w \-]", "_", name).strip()[:100] or "_" for name in classes]
+    if len({name.casefold() for name in names}) < len(names):
+        return [f"{i} {name}" for i, name in enumerate(names)]
+    return names

@@ -1,0 +1,133 @@
+"""How far a long run is and how long it will take, as a bar for people or as lines of JSON for schedulers."""
+
+from __future__ import annotations
+
+import collections
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+from .distributed import Group
+
+# The rate is that of the last minutes: a machine that has become slower is believed, and one slow micro-batch is not.
+WINDOW_S = 300.0
+# A line of JSON so often, and points of the rate no closer than that many in a window.
+EVERY_S, POINTS = 10.0, 100
+
+
+class _Bar(tqdm):  # type: ignore[misc]
+    """A bar that is told the rate."""
+
+    told: float | None = None
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        shown: dict[str, Any] = super().format_dict
+        return shown | ({"rate": self.told} if self.told else {})
+
+
+class Progress:
+    """Counts images as they are made, those of all ranks, and shows them on rank 0.
+
+    total: images of the run; done: those that were there already. as_json: a line of JSON on stdout every `every` seconds, {"event": "progress",
+    "images", "of", "images_per_s", "eta_s"}, rather than a bar on stderr. clock: seconds, for tests. To be made when work begins: what
+    was spent on compiling before is no part of the rate.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        done: int = 0,
+        *,
+        group: Group | None = None,
+        as_json: bool = False,
+        every: float = EVERY_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total, self.before, self.as_json, self.every, self.clock = total, done, as_json, every, clock
+        self.group = Group() if group is None else group
+        self.complete, self.partial = 0, 0.0  # since the beginning: in finished parts, of all ranks; in the part under way, of this one
+        self.began = self.said = clock()
+        self.points: collections.deque[tuple[float, float]] = collections.deque([(self.began, 0.0)])
+        self.lock = threading.Lock()  # micro-batches report from threads of their own
+        settings: dict[str, Any] = {} if sys.stderr.isatty() else {"mininterval": 2.0}
+        self.bar = _Bar(total=total, initial=done, unit="image", disable=as_json or not self.group.first, smoothing=0, **settings)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    @property
+    def images(self) -> int:
+        """How many there are by now."""
+        return min(self.before + int(self.complete + self.partial), self.total)
+
+    def rate(self) -> float:
+        """Images per second, over the last minutes; 0 before the first."""
+        (then, base), now = self.points[0], self.clock()
+        made = self.complete + self.partial - base
+        return made / (now - then) if now > then else 0.0
+
+    def eta(self) -> float | None:
+        """Seconds that are left, None as long as nobody can know."""
+        rate = self.rate()
+        return (self.total - self.images) / rate if rate else None
+
+    def part(self, images: int) -> Callable[[int], Part]:
+        """For `Sampler`'s progress=: a function of a number of steps, that makes what counts them as that many images."""
+        return lambda steps: Part(self, images, steps)
+
+    def move(self, images: float, complete: bool = False) -> None:
+        with self.lock:
+            self.partial += images
+            if complete:
+                self.complete = self.group.add("images", round(self.partial))
+                self.partial = 0.0
+            now = self.clock()
+            if now - self.points[-1][0] >= WINDOW_S / POINTS:
+                self.points.append((now, self.complete + self.partial))
+                while len(self.points) > 2 and now - self.points[1][0] >= WINDOW_S:
+                    self.points.popleft()
+            if not self.group.first:
+                return
+            if self.as_json and now - self.said >= self.every:
+                self.say(now)
+            elif not self.as_json:
+                self.bar.told = self.rate()
+                self.bar.update(self.images - self.bar.n)
+
+    def say(self, now: float) -> None:
+        if self.group.world > 1:
+            self.complete = self.group.add("images", 0)
+        left, self.said = self.eta(), now
+        line = {
+            "event": "progress", "images": self.images, "of": self.total, "images_per_s": round(self.rate(), 1),
+            "eta_s": None if left is None else round(left, 1),
+        }  # fmt: skip
+        print(json.dumps(line), flush=True)
+
+
+class Part:
+    """Part of a run under way. Used as a tqdm bar is."""
+
+    def __init__(self, progress: Progress, images: int, steps: int) -> None:
+        self.progress, self.images, self.steps, self.left = progress, images, max(steps, 1), max(steps, 1)
+
+    def __enter__(self) -> Part:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.progress.move(self.images * self.left / self.steps, complete=True)
+
+    def update(self, steps: int = 1) -> None:
+        steps = min(steps, self.left)
+        self.left -= steps
+        self.progress.move(self.images * steps / self.steps)
