@@ -49,6 +49,14 @@ def table(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *lines])
 
 
+def put(path: Path, text: str, start: str, end: str) -> None:
+    """Text in place of what stands between two markers of a file."""
+    old = path.read_text()
+    if old.count(start) != 1 or old.count(end) != 1:
+        raise ReportError(f"{path} must hold {start} and {end} once each")
+    path.write_text(re.sub(f"{start}.*{end}", lambda _: f"{start}\n\n{text}\n\n{end}", old, flags=re.S))
+
+
 def where(row: Row) -> str:
     return f"{row['device']}, {row['dtype']}, torch {row['torch']}, {row['threads']} threads, commit {row['commit']}"
 
@@ -214,10 +222,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = rows_of(args.files or sorted(RESULTS.glob("*.json")))
         text = "\n\n".join(sections(rows))
         if args.readme:
-            old = args.readme.read_text()
-            if old.count(START) != 1 or old.count(END) != 1:
-                raise ReportError(f"{args.readme} must hold {START} and {END} once each")
-            args.readme.write_text(re.sub(f"{START}.*{END}", lambda _: f"{START}\n\n{text}\n\n{END}", old, flags=re.S))
+            put(args.readme, text, START, END)
         else:
             print(text)
         if args.png:

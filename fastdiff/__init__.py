@@ -15,8 +15,7 @@ from .rewrite import accelerate, unaccelerate
 from .sampler import Sampler, State, Trajectory
 from .schedules import Schedule
 from .unet import UNet, UNetConfig
-
-__version__ = "0.4.0"
+from .version import __version__ as __version__
 
 __all__ = [
     "Bound",

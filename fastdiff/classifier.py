@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import cli, data
-from .checkpoint import CheckpointError, read_tensors, write_tensors
+from .checkpoint import CheckpointError, fill, read_tensors, write_tensors
 from .devices import pick_device
 from .files import make_folder
 from .sampler import calm_bar
+from .unet import MAX_SIZE
 
 PROG = "python -m fastdiff.classifier"
 FORMAT = 1
@@ -73,25 +74,27 @@ class Classifier(nn.Module):
 def load_classifier(path: str | os.PathLike[str] | None = None) -> Classifier:
     """The classifier in a file of `python -m fastdiff.classifier`, or the shipped one. fp32, on the CPU, in eval mode.
 
-    CheckpointError, a ValueError, where there is none, or it is truncated, foreign, pickled or of another format version.
+    CheckpointError, a ValueError, where there is none, or it is truncated, foreign, pickled or of another format version. Limits and memory are
+    those of `fastdiff.load`.
     """
     path = SHIPPED if path is None else Path(path)
-    tensors, about = read_tensors(path) if path.is_file() else ({}, {})
+    tensors, about = read_tensors(path) if os.path.isfile(path) else ({}, {})
     if about.get("classifier") != FORMAT:
         found = f"no file {str(path)!r}" if not about else f"{path} holds no classifier of format {FORMAT}"
         raise CheckpointError(f"{found}; {PROG} --out FILE trains one")
     try:
-        channels, height, width = map(int, about["shape"])
-        model = Classifier((channels, height, width), tuple(map(str, about["classes"])), about["width"], about["features"])
-        model.load_state_dict(
-            {k: v.float() for k, v in tensors.items()} | {k: v for k, v in model.state_dict().items() if not v.is_floating_point()}
-        )
+        sizes, classes = [*about["shape"], about["width"], about["features"]], about["classes"]
+        if len(sizes) != 5 or not all(type(v) is int and 1 <= v <= MAX_SIZE for v in sizes):
+            raise ValueError(f"shape, width and features must be whole numbers of at most {MAX_SIZE}")
+        if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes) or data.odd_name(classes) is not None:
+            raise ValueError("classes are no list of names")
+        with torch.device("meta"):  # takes no memory before the file is known to have the weights
+            model = Classifier((sizes[0], sizes[1], sizes[2]), tuple(classes), sizes[3], sizes[4])
         model.record = dict(about["record"])
+        fill(model, tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise CheckpointError(f"{path} has unfitting weights or metadata: {' '.join(str(e).split())[:200]}") from None
-    if not all(v.isfinite().all() for v in tensors.values()):
-        raise CheckpointError(f"{path} holds weights that are no finite numbers")
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def features(module: nn.Module, images: np.ndarray, progress: Callable[[int], object] | None = None) -> Tensor:

@@ -55,7 +55,8 @@ class _Lines(logging.Handler):
     """Log records as lines on stderr, above a progress bar where there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(" ".join(self.format(record).split()), file=sys.stderr)
+        # In one piece, so that the lines of several processes do not run into each other.
+        tqdm.write(" ".join(self.format(record).split()) + "\n", file=sys.stderr, end="")
 
 
 def add_log_level(parser: argparse.ArgumentParser) -> None:

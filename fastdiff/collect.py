@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import os
@@ -22,6 +23,7 @@ from .files import atomic_write, flush_folder, remove_parts
 from .runs import Plan, RunError
 
 CHUNK = 1 << 16  # ids and labels written at a time
+TARS = r"%0?\d*d"  # where a shard's number goes in a name
 
 # (shard, images uint8 [n, H, W, C])
 Shards = Iterator[tuple[int, np.ndarray]]
@@ -46,8 +48,8 @@ def collect(
     - X.tar: WebDataset, for each image its number as 000000000012.png and .cls. With a %d in the name (X-%06d.tar) one tar a shard.
     - anything else: a folder of PNGs, not there before, with a sub-folder a class.
 
-    The target is whole or, after an error, as it was. progress: called with the number of images after each shard. RunError where the run is
-    not complete, or the target cannot be.
+    The target is whole or, after an error, as it was; of several tars each is. progress: called with the number of images after each shard.
+    RunError where the run is not complete, or the target cannot be.
     """
     folder, target = Path(folder), Path(target)
     manifest = runs.read_run(folder)
@@ -67,6 +69,7 @@ def collect(
     kinds = {".npz": _npz, ".npy": _npy, ".tar": _tar}
     if not target.parent.is_dir():
         raise RunError(f"there is no folder {target.parent} for {target.name}")
+    remove_parts(target.parent, re.sub(TARS, "*", glob.escape(target.name)))
     kinds.get(target.suffix.lower(), _folder)(manifest.plan, watched(), target)
     return Collected(target, manifest.plan.images, pixels.hexdigest())
 
@@ -108,9 +111,9 @@ def _npz(plan: Plan, shards: Shards, target: Path) -> None:
 def _npy(plan: Plan, shards: Shards, target: Path) -> None:
     with atomic_write(target) as f:
         _pixels(f, plan, shards)
-    if plan.kinds:
-        with atomic_write(target.with_name(f"{target.stem}_labels.npy")) as f:
-            _column(f, plan, plan.labels)
+        if plan.kinds:  # before the images take their name, so that an error leaves both as they were
+            with atomic_write(target.with_name(f"{target.stem}_labels.npy")) as g:
+                _column(g, plan, plan.labels)
 
 
 def _png(image: np.ndarray) -> bytes:
@@ -127,7 +130,7 @@ def _drawable(plan: Plan) -> None:
 
 def _tar(plan: Plan, shards: Shards, target: Path) -> None:
     _drawable(plan)
-    many = len(re.findall(r"%0?\d*d", target.name))
+    many = len(re.findall(TARS, target.name))
     if many > 1 or target.name.count("%") > many:
         raise RunError(f"{target.name} is no name of tars; give one, or one with a single %d, such as sprites-%06d.tar")
     if many:
@@ -149,7 +152,7 @@ def _members(f: IO[bytes], plan: Plan, shards: Shards) -> None:
                     member = tarfile.TarInfo(f"{number:012}.{suffix}")  # of time 0 and nobody, so that the same run gives the same file
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
-            tar.members.clear()  # type: ignore[attr-defined]  # it would remember all of them to the end
+                tar.members.clear()  # type: ignore[attr-defined]  # it would remember all of them to the end
 
 
 def _folder(plan: Plan, shards: Shards, target: Path) -> None:
@@ -158,7 +161,6 @@ def _folder(plan: Plan, shards: Shards, target: Path) -> None:
         raise RunError(f"{target} is there already; give the name of a folder that is not")
     if target.suffix:
         raise RunError(f"{target.name} is neither .npz, .npy nor .tar; a folder of PNGs has a name without a suffix")
-    remove_parts(target.parent, target.name)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
     names = folder_names(plan.classes)
@@ -177,8 +179,8 @@ def _folder(plan: Plan, shards: Shards, target: Path) -> None:
 
 
 def folder_names(classes: tuple[str, ...]) -> list[str]:
-    """Names of folders for classes: letters, digits, blanks, - and _ stay, all else becomes _. Numbered where they would not be told apart."""
-    names = [re.sub(r"[^\w \-]", "_", name).strip()[:100] or "_" for name in classes]
+    """Names of folders for classes: 60 letters, digits, blanks, - and _ at most, and _ for all else. Numbered where they would not be told apart."""
+    names = [re.sub(r"[^\w \-]", "_", name).strip()[:60] or "_" for name in classes]
     if len({name.casefold() for name in names}) < len(names):
         return [f"{i} {name}" for i, name in enumerate(names)]
     return names

@@ -2,30 +2,99 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import math
 import os
+import stat
+import unicodedata
 import warnings
 import zipfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 ASSETS = Path(__file__).parent / "assets"
 MAX_BYTES = 8 << 30  # decoded, one array
-MAX_CLASSES = 1 << 16  # without names for them: one stray label must not make a billion names
+MAX_CLASSES = 1 << 16  # one stray label must not make a billion names
+MAX_NAME = 200  # characters of one class name
+MAX_TEXT = 1000  # characters of an error
+# An .npz whose arrays take more than both of these is a bomb: deflate can pack 1,000 bytes into one, images do not.
+BOMB_BYTES = 64 << 20
+BOMB_RATIO = 200
+MAX_DIRECTORY = 1 << 20  # bytes of an archive's table of contents, some 10,000 arrays; also of a single read from it
+MAX_PIXELS = 1 << 24  # one image: 4096 x 4096
+MAX_SLOW_PIXELS = 1 << 21  # where the decoder is Python code
+MAX_IMAGE_BYTES = 128 << 20  # one image's file
+MAX_ENTRIES = 1 << 21  # of a folder, its class folders included
 # Pillow looks at the content, not the name, and some of its formats start other programs (EPS runs Ghostscript): ours are listed.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
+# What Pillow's time grows with faster than with pixels and bytes: a JPEG's scans, each gone through for all of the image, and comments and Exif
+# blocks, which are joined one by one. By chance such bytes stand in pixels once in 65,536 places, hence a share of the file as well.
+CROWDS = {"JPEG": ((b"\xff\xda", 64), (b"Exif\x00\x00", 64)), "GIF": ((b"\x21\xfe", 256),)}
+CROWD_SHARE = 4096
+MAX_SCANNED = 1 << 28  # a JPEG's pixels, times its scans: a progressive one has some 10
+
+
+def one_line(text: str) -> str:
+    """Text as it may be shown whatever it quotes: line ends and control characters escaped, and its middle left out where it is long."""
+    if len(text) > MAX_TEXT:
+        text = f"{text[: MAX_TEXT // 4]} ... {text[-MAX_TEXT // 4 :]}"
+    return "".join(c if unshowable(c) is None else c.encode("unicode_escape").decode() for c in text)
+
+
+def unshowable(text: str) -> str | None:
+    """The first character that is a control character, a line end or half of a surrogate pair; None where there is none."""
+    if text.isascii() and text.isprintable():
+        return None
+    return next((c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None)
+
+
+def odd_name(names: Iterable[str]) -> str | None:
+    """What is wrong with class names, if anything is: they are shown in terminals and pictures, and stand in error messages."""
+    for name in names:
+        if len(name) > MAX_NAME:
+            return f"a class name has {len(name)} characters, and at most {MAX_NAME} are allowed: {name[:20]!r}..."
+        if unshowable(name) is not None:
+            return f"the class name {name!r} has a control character or half a character in it; name it in plain text"
+    return None
+
+
+def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
+    """A file, opened to read bytes. OSError for what is none: a device would never end, and a FIFO waits for its other end."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    number = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return os.fdopen(number, "rb")
+
+
+def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
+    """A file's bytes. OSError for one of more than `limit`, before it is read, and for what is no regular file."""
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        content = stream.read(limit + 1) if size <= limit else b""
+        if max(size, len(content)) > limit:
+            raise OSError(errno.EFBIG, f"{max(size, len(content))} bytes, more than the {limit} allowed", os.fspath(path))
+        return content
+
+
 class DataError(ValueError):
     """Data that cannot be used: one line saying what is wrong, where, and what would be right."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +123,8 @@ class Dataset:
             raise DataError("classes without labels" if labels is None else "labels without classes: name each class")
         if len(set(self.classes)) != len(self.classes):
             raise DataError("two classes have the same name")
+        if (odd := odd_name(self.classes)) is not None:
+            raise DataError(odd)
         if labels is not None:
             if labels.dtype != np.int64 or labels.ndim != 1:
                 raise DataError(f"labels are {labels.dtype} of shape {labels.shape}, but must be int64 [N]")
@@ -113,7 +184,13 @@ def load(
     - One image file, cut row by row into squares of `tile` pixels; tiles of a single colour are dropped.
 
     Image files become RGB, composed on white; arrays keep their channels. Classes without names are called "0", "1", ...
-    Raises DataError, one line, for whatever cannot be read. Nothing is ever unpickled.
+    Raises DataError, one line, for whatever cannot be read. Nothing is ever unpickled, and no name inside a file is used as a path.
+
+    Sizes are believed only once they fit the file, before anything is decoded. Refused are: an .npz whose arrays take more than 64 MiB and
+    more than 200 times its own size, arrays of more than 8 GiB, images of more than 2^24 pixels (2^21 in the formats that Pillow decodes in
+    Python) or 128 MiB, folders of more than 2^21 entries, more than 2^16 classes, and class names of more than 200 characters or with control
+    characters. So memory is bounded: beside the images that are returned, 1 GiB for an image file or folder; for .npy and .npz 10 times
+    the arrays' bytes, which in an .npz are at most 64 MiB or 200 times its size.
     """
     path = ASSETS / "sprites.npz" if source == "sprites" else Path(source)
     if not os.path.exists(path) or not os.fspath(source):
@@ -145,24 +222,58 @@ def load(
     return _sheet(path, tile)
 
 
+class _Archive(io.FileIO):
+    """The bytes of an .npz. zipfile reads the table of contents at once, before it can be asked how large it is."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        content = super().read(MAX_DIRECTORY + 1 if size is None or size < 0 else min(size, MAX_DIRECTORY + 1)) or b""
+        if len(content) > MAX_DIRECTORY:
+            raise ValueError(f"its table of contents is of more than the {MAX_DIRECTORY} bytes allowed")
+        return content
+
+
 def _npz(path: Path) -> Dataset:
     try:
-        with zipfile.ZipFile(path) as archive:
-            sizes = {info.filename: info.file_size for info in archive.infolist()}
-            if "images.npy" not in sizes:
-                found = ", ".join(repr(name.removesuffix(".npy")) for name in list(sizes)[:8])
-                raise DataError(f"{path}: no array 'images' in it (found: {found or 'nothing'})")
+        with open_regular(path) as stream, _Archive(stream.fileno(), closefd=False) as file, zipfile.ZipFile(file) as archive:
+            entries = _entries(path, archive, os.fstat(stream.fileno()).st_size)
             parts = {}
-            for key in ("images", "labels", "classes", "test"):
-                if f"{key}.npy" in sizes:
-                    with archive.open(f"{key}.npy") as stream:
-                        parts[key] = _array(stream, sizes[f"{key}.npy"], f"{path}: array {key!r}")
+            for key, entry in entries.items():
+                with archive.open(entry) as part:
+                    parts[key] = _array(part, entry.file_size, f"{path}: array {key!r}")
     except DataError:
         raise
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({_why(error)})") from None
     # Foreign bytes raise a dozen kinds: BadZipFile, zlib.error, NotImplementedError, RuntimeError (encrypted), ...
     except Exception as error:
         raise DataError(f"{path}: not a readable .npz, write it with numpy.savez ({_why(error)})") from None
     return _from_arrays(path, parts["images"], parts.get("labels"), parts.get("classes"), parts.get("test"))
+
+
+def _entries(path: Path, archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
+    """The arrays to be read of an archive of `size` bytes, found by name: what else it holds, under whatever name, is passed over."""
+    infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
+    names = {info.filename: info for info in infos}
+    if len(names) != len(infos):
+        raise DataError(f"{path}: two entries of the same name")
+    ends = [*(info.header_offset for info in infos[1:]), archive.start_dir]
+    for info, end in zip(infos, ends, strict=bool(infos)):
+        if info.header_offset + zipfile.sizeFileHeader + info.compress_size > end:  # type: ignore[attr-defined]
+            raise DataError(f"{path}: entries that overlap; write it with numpy.savez")
+    found = {key: names[f"{key}.npy"] for key in ("images", "labels", "classes", "test") if f"{key}.npy" in names}
+    if "images" not in found:
+        known = ", ".join(repr(name[:MAX_NAME].removesuffix(".npy")) for name in list(names)[:8])
+        raise DataError(f"{path}: no array 'images' in it (found: {known or 'nothing'})")
+    for key, info in found.items():
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise DataError(f"{path}: array {key!r} is packed in a way that NumPy does not use; write it with numpy.savez_compressed")
+    total = sum(info.file_size for info in found.values())
+    if total > max(BOMB_BYTES, BOMB_RATIO * size):
+        raise DataError(
+            f"{path}: {total} bytes decoded, more than {BOMB_BYTES} and more than {BOMB_RATIO} times its own {size}; "
+            "is it a bomb? else write it with numpy.savez"
+        )
+    return found
 
 
 def _npy(path: Path, labels: Where | None) -> Dataset:
@@ -172,7 +283,7 @@ def _npy(path: Path, labels: Where | None) -> Dataset:
     arrays = []
     for each in [path] if labels is None else [path, Path(labels)]:
         try:
-            with open(each, "rb") as stream:
+            with open_regular(each) as stream:
                 arrays.append(_array(stream, os.fstat(stream.fileno()).st_size, str(each)))
         except OSError as error:
             raise DataError(f"{each}: cannot be opened ({_why(error)})") from None
@@ -182,18 +293,25 @@ def _npy(path: Path, labels: Where | None) -> Dataset:
 def _array(stream: IO[bytes], size: int, where: str) -> np.ndarray:
     # The header is believed only if it fits the file, before anything is decoded: no zip bombs, no allocation from a false shape.
     try:
-        version = np.lib.format.read_magic(stream)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(stream)
-        need = math.prod(shape) * dtype.itemsize
-        if dtype.hasobject:
-            raise DataError(f"{where}: holds pickled Python objects, which are never loaded; save a plain array")
-        if need > MAX_BYTES:
-            raise DataError(f"{where}: {need} bytes decoded, more than the {MAX_BYTES} allowed; split it")
-        if stream.tell() + need != size:
-            raise DataError(f"{where}: truncated or damaged, {size} bytes where its header asks for {stream.tell() + need}")
-        stream.seek(0)
-        array: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of NumPy and Python, on headers that they can but just read
+            version = np.lib.format.read_magic(stream)
+            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read_header(stream)
+            need = math.prod(shape) * dtype.itemsize
+            if dtype.hasobject:
+                raise DataError(f"{where}: holds pickled Python objects, which are never loaded; save a plain array")
+            # Of what takes no bytes there could be any number.
+            if dtype.kind not in "biufcU" or not dtype.itemsize:
+                raise DataError(f"{where}: holds {str(dtype)[:80]}, but must be an array of plain numbers, or names")
+            if any(side < 0 for side in shape):
+                raise DataError(f"{where}: its header has the shape {shape}")
+            if need > MAX_BYTES:
+                raise DataError(f"{where}: {need} bytes decoded, more than the {MAX_BYTES} allowed; split it")
+            if stream.tell() + need != size:
+                raise DataError(f"{where}: truncated or damaged, {size} bytes where its header asks for {stream.tell() + need}")
+            stream.seek(0)
+            array: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
     except DataError:
         raise
     except Exception as error:
@@ -211,8 +329,18 @@ def _from_arrays(
     if classes is not None:
         if classes.ndim != 1 or classes.dtype.kind != "U" or not len(classes):
             raise DataError(f"{path}: classes are {classes.dtype} of shape {classes.shape}, but must be a list of names")
-        names = tuple(str(name) for name in classes)
+        if len(classes) > MAX_CLASSES or classes.dtype.itemsize > 4 * MAX_NAME:
+            raise DataError(
+                f"{path}: {len(classes)} classes, named by up to {classes.dtype.itemsize // 4} characters; "
+                f"at most {MAX_CLASSES} of {MAX_NAME} are allowed"
+            )
+        try:
+            names = tuple(str(name) for name in classes)
+        except (ValueError, SystemError) as error:  # numbers that are no characters
+            raise DataError(f"{path}: classes are no text ({_why(error)})") from None
     if labels is not None:
+        if len(labels) != len(images) and labels.size:  # before they are made eight times as large
+            raise DataError(f"{path}: {len(labels)} labels for {len(images)} images: give one label an image")
         labels, count = _indices(path, labels, len(names) if classes is not None else None)
         names = names or tuple(str(index) for index in range(count))
     try:
@@ -225,6 +353,8 @@ def _indices(path: Path, labels: np.ndarray, named: int | None) -> tuple[np.ndar
     if labels.size == 0:
         raise DataError(f"{path}: labels are empty (shape {labels.shape}): give one label an image")
     if labels.ndim == 2 and labels.dtype.kind in "biuf":
+        if labels.shape[1] > MAX_CLASSES:
+            raise DataError(f"{path}: one-hot labels have {labels.shape[1]} columns, more than the {MAX_CLASSES} classes allowed")
         if not (((labels == 0) | (labels == 1)).all() and ((labels == 1).sum(1) == 1).all()):
             raise DataError(f"{path}: labels of shape {labels.shape} are not one-hot: each row must be a single 1 among 0s")
         count = labels.shape[1]
@@ -243,8 +373,9 @@ def _indices(path: Path, labels: np.ndarray, named: int | None) -> tuple[np.ndar
 
 def _folder(path: Path, size: int | None, skip_bad: bool) -> Dataset:
     try:
-        files = _image_files(path)
-        groups = {each: _image_files(each) for each in sorted(path.iterdir()) if each.is_dir() and not each.name.startswith(".")}
+        budget = iter(range(MAX_ENTRIES))
+        files, folders = _listing(path, budget)
+        groups = {each: _listing(each, budget)[0] for each in folders}
     except OSError as error:
         raise DataError(f"{path}: cannot be listed ({_why(error)})") from None
     labelled = any(groups.values())
@@ -285,15 +416,32 @@ def _folder(path: Path, size: int | None, skip_bad: bool) -> Dataset:
         good.append(index)
     if bad:
         more = ", ..." if len(bad) > 5 else ""
-        warnings.warn(f"{path}: skipped {len(bad)} unreadable of {len(files)} images: {', '.join(bad[:5])}{more}", stacklevel=3)
+        warnings.warn(one_line(f"{path}: skipped {len(bad)} unreadable of {len(files)} images: {', '.join(bad[:5])}{more}"), stacklevel=3)
     if not good:
         raise DataError(f"no images in {path} could be read, all {len(bad)} are damaged")
     names = tuple(folder.name for folder in groups) if labelled else ()
     return Dataset(images[: len(good)], np.array(labels, np.int64)[good] if labelled else None, names, None)
 
 
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(each for each in folder.iterdir() if each.suffix.lower() in SUFFIXES and not each.name.startswith(".") and each.is_file())
+def _listing(folder: Path, budget: Iterator[int]) -> tuple[list[Path], list[Path]]:
+    """A folder's images and folders, in order of their names. Links are followed; devices, FIFOs and links that lead nowhere are passed over."""
+    files: list[str] = []
+    folders: list[str] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if next(budget, None) is None:
+                raise DataError(f"{folder}: more entries than the {MAX_ENTRIES} allowed in all; pack the images into an .npz")
+            try:
+                if entry.name.startswith("."):
+                    continue
+                if os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file():
+                    files.append(entry.name)
+                elif entry.is_dir():
+                    folders.append(entry.name)
+            except OSError as error:  # a link to itself
+                if error.errno != errno.ELOOP:
+                    raise
+    return [folder / name for name in sorted(files)], [folder / name for name in sorted(folders)]
 
 
 def _sheet(path: Path, tile: int) -> Dataset:
@@ -311,18 +459,29 @@ def _sheet(path: Path, tile: int) -> Dataset:
 
 def _picture(path: Path) -> Image.Image:
     try:
+        content = read_regular(path, MAX_IMAGE_BYTES)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                slow = any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ()))
+                limit = MAX_SLOW_PIXELS if slow else MAX_PIXELS
+                if image.width * image.height > limit:
+                    raise DataError(f"{path}: claims {image.width} x {image.height} pixels, more than the {limit} allowed; make it smaller")
+                for marker, most in CROWDS.get(image.format or "", ()):
+                    if content.count(marker) > most + len(content) // CROWD_SHARE:
+                        raise DataError(f"{path}: has more parts than any camera or program writes; save it anew")
+                if image.format == "JPEG" and image.width * image.height * content.count(b"\xff\xda") > MAX_SCANNED:
+                    raise DataError(f"{path}: has more scans than any camera or program writes of so many pixels; save it anew")
                 # Pillow cuts these off at 255 instead of scaling them.
                 if image.mode.startswith(("I", "F")):
                     raise DataError(f"{path}: has pixels of more than 8 bits (mode {image.mode}); save it with 8 bits a channel")
                 return _on_white(image)
     except DataError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DataError(f"{path}: claims more pixels than Pillow's limit of {Image.MAX_IMAGE_PIXELS}; make it smaller") from None
+    except Image.DecompressionBombError:
+        raise DataError(f"{path}: claims more pixels than the {MAX_PIXELS} allowed; make it smaller") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{path}: not a readable image (UnidentifiedImageError: it is none of {', '.join(FORMATS)})") from None
     # The decoders raise OSError, SyntaxError, struct.error, ValueError, EOFError, ... on damaged bytes.
     except Exception as error:
         raise DataError(f"{path}: not a readable image ({_why(error)})") from None

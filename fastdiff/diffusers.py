@@ -35,16 +35,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import ops, reference, unet
-from .checkpoint import Checkpoint, CheckpointError
+from .checkpoint import Checkpoint, CheckpointError, fill, read_json, read_safetensors
+from .data import odd_name
 from .noise import column64
 from .reference import COLUMNS, SLOTS, STEP_COLUMNS
 from .sampler import AUTO_ROWS, Sampler
-from .schedules import Schedule
+from .schedules import MAX_TIMESTEPS, Schedule
 from .solvers import Table
 from .unet import UNet, UNetConfig
 from .unet2d import UNet2D, UNet2DConfig
@@ -1120,6 +1119,7 @@ def unaccelerate(pipe: DiffusionPipeline) -> DiffusionPipeline:
     return pipe
 
 
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
 # What a pipeline's folder holds as unet/fastdiff_unet.py, after the source of fastdiff/unet.py.
 WRAPPER = '''
@@ -1198,14 +1198,15 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint in a folder of a diffusers pipeline with a UNet2DModel, or one that `save` wrote. fp32, on the CPU, in eval mode.
 
-    Weights are read from .safetensors alone, and no code of the folder is run. Classes of a UNet2DModel are named by their numbers; the last of its
-    class embeddings is taken for the null class. CheckpointError where there is no such folder, or its network is not covered.
+    Weights are read from unet/diffusion_pytorch_model.safetensors alone, never from a pickled .bin, and no code of the folder is run. Limits and
+    memory are those of `fastdiff.load`, for the file and the three JSON files alike. Classes of a UNet2DModel are named by their numbers; the last of
+    its class embeddings is taken for the null class. CheckpointError where there is no such folder, or its network is not covered.
     """
     folder = Path(path)
     try:
-        index = json.loads((folder / "model_index.json").read_text())
-        settings = json.loads((folder / "unet" / "config.json").read_text())
-        scheduling = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        index = read_json(folder / "model_index.json")
+        settings = read_json(folder / "unet" / "config.json")
+        scheduling = read_json(folder / "scheduler" / "scheduler_config.json")
         kind = index["unet"][1]
     except (OSError, ValueError, KeyError, TypeError) as e:
         missing = (
@@ -1216,28 +1217,41 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{folder} is not the folder of a diffusers pipeline with a unet and a scheduler: {missing}") from None
     model: UNet | UNet2D
     try:
-        if kind == "UNet2DModel":
-            model = UNet2D(UNet2DConfig.from_config(settings))
-            weights = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, local_files_only=True).state_dict()
-            classes = tuple(str(i) for i in range(model.config.num_classes or 0))
-        elif kind == "FastdiffUNet":
-            model = UNet(UNetConfig.from_config(settings["network"]))
-            file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-            weights = {name.removeprefix("net."): v for name, v in load_file(file).items()}
-            classes = tuple(settings["classes"])
-        else:
+        if kind not in ("UNet2DModel", "FastdiffUNet"):
             raise ValueError(
                 f"its network is a {kind}; fastdiff reads UNet2DModel (any other runs as it is, by accelerate or fastdiff.Sampler)"
             )
-        model.load_state_dict(weights)
+        with torch.device("meta"):  # takes no memory before the file is known to have the weights
+            if kind == "UNet2DModel":
+                model = UNet2D(UNet2DConfig.from_config(settings))
+                classes = tuple(str(i) for i in range(model.config.num_classes or 0))
+            else:
+                model = UNet(UNetConfig.from_config(settings["network"]))
+                classes = tuple(settings["classes"])
+        weights = read_safetensors(folder / "unet" / "diffusion_pytorch_model.safetensors")[0]
+        fill(model, {_renamed(name, kind): v for name, v in weights.items()})
+        if odd := odd_name(classes):
+            raise ValueError(odd)
+        steps = scheduling.get("num_train_timesteps", 1000)
+        if type(steps) is not int or not 1 <= steps <= MAX_TIMESTEPS:
+            raise ValueError(f"num_train_timesteps is {steps!r}; it must be a whole number of at most {MAX_TIMESTEPS}")
         scheduler = scheduling_ddpm.DDPMScheduler.from_config(scheduling)
         names = {name: ours for ours, name in PREDICTION_TYPES.items()}
         if scheduler.config.prediction_type not in names:
             raise ValueError(f"prediction_type {scheduler.config.prediction_type!r} is not covered; it may be {', '.join(names)}")
         schedule = Schedule.from_alphas_cumprod(scheduler.alphas_cumprod)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as e:
+        record = dict(settings.get("record") or {})
+    # diffusers believes its configuration: what it does with an odd one is any of these.
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, NotImplementedError, ArithmeticError) as e:
         raise CheckpointError(f"{folder} cannot be read as a checkpoint: {' '.join(str(e).split())[:300]}") from None
-    model.float().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Checkpoint(
-        model.eval().requires_grad_(False), schedule, names[scheduler.config.prediction_type], classes, settings.get("record") or {}
-    )
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Checkpoint(model, schedule, names[scheduler.config.prediction_type], classes, record)
+
+
+def _renamed(name: str, kind: str) -> str:
+    """A weight's name as the network has it, by which files of diffusers before 0.12 did not yet call those of attention."""
+    if kind == "FastdiffUNet":
+        return name.removeprefix("net.")
+    before, _, last = name.rpartition(".")
+    block, _, part = before.rpartition(".")
+    return f"{block}.{OLD_ATTENTION[part]}.{last}" if part in OLD_ATTENTION else name

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import collections
+import logging
 import os
 import platform
+import signal
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +23,10 @@ from torch.distributed.rendezvous import rendezvous
 
 # A rank that is done waits for the slowest. One that has died does not keep the others waiting: its connections close, and torchrun ends them.
 TIMEOUT = timedelta(days=7)
+MEETING = timedelta(minutes=10)  # that ranks may take to start
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,8 @@ class Group:
 
     def add(self, name: str, number: int) -> int:
         """Add to a number that all see, and return what it is now, without waiting for anyone. It begins at 0, and again after a restart."""
-        return int(self.store.add(name, number))
+        with lost():
+            return int(self.store.add(name, number))
 
 
 class _Counts(collections.Counter[str]):
@@ -83,7 +92,7 @@ def lost() -> Iterator[None]:
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
-        reason = str(e).partition("]")[2].partition(". ")[0].strip() or str(e).splitlines()[0]
+        reason = str(e).partition("]")[2].partition(". ")[0].strip() if "gloo" in str(e) else _first(e)
         raise ConnectionError(f"another process of this job has ended ({reason})") from None
 
 
@@ -95,7 +104,7 @@ def job() -> str:
 
 def launched() -> bool:
     """Whether torchrun, or what speaks its language, has started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    return _number("WORLD_SIZE", 1) > 1 and "RANK" in os.environ
 
 
 @contextmanager
@@ -107,18 +116,44 @@ def join(cuda: bool = False) -> Iterator[Group]:
     if not launched():
         yield Group(attempt=_number("TORCHELASTIC_RESTART_COUNT", 0))
         return
-    rank, world = _number("RANK"), _number("WORLD_SIZE")
+    rank, world, port = _number("RANK"), _number("WORLD_SIZE"), _number("MASTER_PORT")
+    local, attempt = _number("LOCAL_RANK", rank), _number("TORCHELASTIC_RESTART_COUNT", 0)
     if not 0 <= rank < world:
         raise ValueError(f"RANK is {rank} and WORLD_SIZE {world}; start the processes with torchrun, which sets them")
-    attempt = _number("TORCHELASTIC_RESTART_COUNT", 0)
-    store, rank, world = next(rendezvous("env://", rank, world, timeout=timedelta(minutes=10)))
+    try:
+        store, rank, world = next(rendezvous("env://", rank, world, timeout=MEETING))
+    except dist.DistError as e:
+        raise ConnectionError(f"no meeting with the other processes at {os.environ['MASTER_ADDR']}, port {port}: {_first(e)}") from None
     store.set_timeout(TIMEOUT)
     # torchrun's static rendezvous keeps its store over restarts, with what those that died have left in it.
     store = PrefixStore(f"fastdiff/{attempt}", store)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=world, timeout=TIMEOUT)
-    yield Group(rank, world, _number("LOCAL_RANK", rank), attempt, PrefixStore("counters", store))
+    yield Group(rank, world, local, attempt, PrefixStore("counters", store))
     dist.destroy_process_group()  # not after an error: the others do not come, and are not waited for
+
+
+@contextmanager
+def one_voice(group: Group) -> Iterator[None]:
+    """Of what ends one rank the others learn sooner or later, each in its own words. One of them speaks, the others end with the same exit code.
+
+    Where all fail alike it is the first, behind whose progress bar the line is to stand. torchrun's SIGTERM for those that remain finds them on
+    their way already.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not group.first:
+            sys.exit(130)
+        raise
+    except (ValueError, OSError) as e:
+        if group.world > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(0 if group.first else 0.3)
+            if group.add("failed", 1) > 1:
+                log.debug("%s", e)
+                sys.exit(2)
+        raise
 
 
 def own_device(name: str | None, local: int) -> str | None:
@@ -126,6 +161,11 @@ def own_device(name: str | None, local: int) -> str | None:
     if name == "cuda" or (name is None and torch.cuda.is_available()):
         return f"cuda:{local}"
     return name
+
+
+def _first(e: Exception) -> str:
+    """The first line of an error that goes on with the frames of C++."""
+    return str(e).splitlines()[0].rstrip(" :.")
 
 
 def _number(name: str, default: int | None = None) -> int:

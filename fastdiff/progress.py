@@ -35,8 +35,8 @@ class Progress:
     """Counts images as they are made, those of all ranks, and shows them on rank 0.
 
     total: images of the run; done: those that were there already. as_json: a line of JSON on stdout every `every` seconds, {"event": "progress",
-    "images", "of", "images_per_s", "eta_s"}, rather than a bar on stderr. clock: seconds, for tests. To be made when work begins: what
-    was spent on compiling before is no part of the rate.
+    "images", "of", "images_per_s", "eta_s"}, rather than a bar on stderr. unit: what is counted instead, in the plural. shown: whether at all.
+    clock: seconds, for tests. To be made when work begins, or told so (`begin`): what was spent on compiling before is no part of the rate.
     """
 
     def __init__(
@@ -46,23 +46,34 @@ class Progress:
         *,
         group: Group | None = None,
         as_json: bool = False,
+        unit: str = "images",
+        shown: bool = True,
         every: float = EVERY_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.total, self.before, self.as_json, self.every, self.clock = total, done, as_json, every, clock
+        self.total, self.before, self.as_json, self.unit, self.every, self.clock = total, done, as_json, unit, every, clock
         self.group = Group() if group is None else group
+        self.shown = shown and self.group.first
         self.complete, self.partial = 0, 0.0  # since the beginning: in finished parts, of all ranks; in the part under way, of this one
         self.began = self.said = clock()
         self.points: collections.deque[tuple[float, float]] = collections.deque([(self.began, 0.0)])
+        self.more: dict[str, Any] = {}  # what else a line of JSON says
         self.lock = threading.Lock()  # micro-batches report from threads of their own
         settings: dict[str, Any] = {} if sys.stderr.isatty() else {"mininterval": 2.0}
-        self.bar = _Bar(total=total, initial=done, unit="image", disable=as_json or not self.group.first, smoothing=0, **settings)
+        self.bar = _Bar(total=total, initial=done, unit=unit.removesuffix("s"), disable=as_json or not self.shown, smoothing=0, **settings)
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.move(0, complete=True)  # what the others have made since this rank's last
         self.bar.close()
+
+    def begin(self) -> None:
+        """Forget how fast it was until now."""
+        self.points.clear()
+        self.points.append((self.clock(), self.complete + self.partial))
 
     @property
     def images(self) -> int:
@@ -95,7 +106,7 @@ class Progress:
                 self.points.append((now, self.complete + self.partial))
                 while len(self.points) > 2 and now - self.points[1][0] >= WINDOW_S:
                     self.points.popleft()
-            if not self.group.first:
+            if not self.shown:
                 return
             if self.as_json and now - self.said >= self.every:
                 self.say(now)
@@ -103,13 +114,18 @@ class Progress:
                 self.bar.told = self.rate()
                 self.bar.update(self.images - self.bar.n)
 
+    def note(self, text: str, **values: Any) -> None:
+        """What else is to be said: beside the bar, or in lines of JSON."""
+        self.bar.set_postfix_str(text, refresh=False)
+        self.more.update(values)
+
     def say(self, now: float) -> None:
         if self.group.world > 1:
             self.complete = self.group.add("images", 0)
         left, self.said = self.eta(), now
         line = {
-            "event": "progress", "images": self.images, "of": self.total, "images_per_s": round(self.rate(), 1),
-            "eta_s": None if left is None else round(left, 1),
+            "event": "progress", self.unit: self.images, "of": self.total, f"{self.unit}_per_s": float(f"{self.rate():.4g}"),
+            "eta_s": None if left is None else round(left, 1), **self.more,
         }  # fmt: skip
         print(json.dumps(line), flush=True)
 
@@ -119,6 +135,7 @@ class Part:
 
     def __init__(self, progress: Progress, images: int, steps: int) -> None:
         self.progress, self.images, self.steps, self.left = progress, images, max(steps, 1), max(steps, 1)
+        self.lock = threading.Lock()
 
     def __enter__(self) -> Part:
         return self
@@ -126,8 +143,11 @@ class Part:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
             self.progress.move(self.images * self.left / self.steps, complete=True)
+        else:  # it is made again, or not at all
+            self.progress.move(self.images * (self.left / self.steps - 1))
 
     def update(self, steps: int = 1) -> None:
-        steps = min(steps, self.left)
-        self.left -= steps
+        with self.lock:
+            steps = min(steps, self.left)
+            self.left -= steps
         self.progress.move(self.images * steps / self.steps)

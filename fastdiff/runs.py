@@ -11,10 +11,12 @@ comes next. It counts only once its digest is on the disk, and its digest gets t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import logging
+import math
 import os
 import re
 import socket
@@ -29,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .data import read_regular
 from .distributed import Group
 from .files import atomic_write, flush_folder, make_folder, remove_parts
 
@@ -97,6 +100,10 @@ class Plan:
         """How many images a shard has."""
         return min(self.shard_size, self.images - shard * self.shard_size)
 
+    def entry(self, shard: int, digest: str) -> dict[str, Any]:
+        """What a manifest says of a shard that is there."""
+        return {"file": self.name(shard), "first": self.first + shard * self.shard_size, "images": self.size(shard), "sha256": digest}
+
     def most(self, shard: int) -> int:
         """A number of bytes that a shard's file does not reach."""
         names = 4 * max(map(len, self.classes), default=0) * len(self.classes)
@@ -120,6 +127,9 @@ class Plan:
 
     def unpack(self, shard: int, data: bytes) -> np.ndarray:
         """The images in a shard's bytes. RunError where they are not those that the plan has there."""
+        foreign = RunError(f"{self.name(shard)} does not hold the images that the manifest has there")
+        if len(data) < self.size(shard) * (math.prod(self.shape) + 8):  # a false manifest may ask for more than there is memory for
+            raise foreign
         ids = self.ids(shard)
         wanted: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
             "images": (np.dtype(np.uint8), (len(ids), *self.shape)),
@@ -141,7 +151,7 @@ class Plan:
                         found[name] = np.frombuffer(body, dtype).reshape(shape)
         # Foreign bytes raise a dozen kinds: BadZipFile, KeyError, zlib.error, NotImplementedError, ...
         except Exception:
-            raise RunError(f"{self.name(shard)} does not hold the images that the manifest has there") from None
+            raise foreign from None
         if not np.array_equal(found["ids"], ids) or (labels is not None and not np.array_equal(found["labels"], labels)):
             raise RunError(f"{self.name(shard)} holds images of other numbers or labels than the manifest has there")
         return found["images"]
@@ -161,10 +171,7 @@ class Manifest:
     def text(self) -> str:
         plan = self.plan
         head = json.dumps({"fastdiff_run": FORMAT, "config": self.config, "complete": len(self.digests) == plan.count}, indent=1)
-        lines = [
-            json.dumps({"file": plan.name(k), "first": plan.first + k * plan.shard_size, "images": plan.size(k), "sha256": self.digests[k]})
-            for k in sorted(self.digests)
-        ]
+        lines = [json.dumps(plan.entry(k, self.digests[k])) for k in sorted(self.digests)]
         return f'{head[:-2]},\n "shards": [{",".join(f"{chr(10)}  {line}" for line in lines)}\n ]\n}}\n'
 
     def write(self, folder: Path) -> None:
@@ -180,18 +187,18 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """The manifest in a file, of at most 32 MiB; reading it takes at most 512 MiB of memory. RunError where it is none, or damaged."""
     path = Path(path)
     try:
-        with open(path, "rb") as f:
-            if not os.path.isfile(path) or os.fstat(f.fileno()).st_size > MAX_MANIFEST:
-                raise RunError(f"{path} is not the manifest of a run: it is no file, or larger than {MAX_MANIFEST >> 20} MiB")
-            raw = json.loads(f.read(MAX_MANIFEST))
+        raw = json.loads(read_regular(path, MAX_MANIFEST))
         if not isinstance(raw, dict) or "fastdiff_run" not in raw:
             raise TypeError("it is not one of fastdiff's")
         if raw["fastdiff_run"] != FORMAT:
             raise TypeError("it has another format version than this fastdiff writes")
         manifest = Manifest(raw["config"])
         for entry in raw["shards"]:
-            shard, rest = divmod(entry["first"] - manifest.plan.first, manifest.plan.shard_size)
-            manifest.digests[shard] = _digest(manifest.plan, None if rest else shard, entry["sha256"])
+            shard = (entry["first"] - manifest.plan.first) // manifest.plan.shard_size
+            digest = _digest(manifest.plan, shard, entry["sha256"])
+            if shard in manifest.digests or entry != manifest.plan.entry(shard, digest):
+                raise ValueError("an entry that there cannot be, or twice the same")
+            manifest.digests[shard] = digest
     except FileNotFoundError:
         raise RunError(f"there is no run in {path.parent}: it has no {path.name}") from None
     except OSError as e:
@@ -207,22 +214,27 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 def read_run(folder: str | os.PathLike[str]) -> Manifest:
     """The manifest of a run, finished or under way, with all that its journals say. RunError where there is none."""
     folder = Path(folder)
-    manifest = read_manifest(folder / MANIFEST)
+    plan, found = read_manifest(folder / MANIFEST).plan, dict[int, str]()
     for path in sorted(folder.glob(JOURNALS)):
-        manifest.digests |= _read_journal(manifest.plan, path)
+        with contextlib.suppress(FileNotFoundError):  # it has gone into the manifest meanwhile, which is why that is read last
+            found |= _read_journal(plan, path)
+    manifest = read_manifest(folder / MANIFEST)
+    manifest.digests |= found
     return manifest
 
 
 def _read_journal(plan: Plan, path: Path) -> dict[int, str]:
     """What a journal says. A line that a kill has cut short says nothing."""
-    found = {}
+    found, odd = {}, 0
     with open(path, "rb") as f:
         for line in f.read(MAX_MANIFEST).splitlines():
             try:
                 entry = json.loads(line)
                 found[entry["shard"]] = _digest(plan, entry["shard"], entry["sha256"])
             except (KeyError, TypeError, ValueError, RecursionError):
-                log.warning("%s: passed over a line that is no record of a shard", path)
+                odd += 1
+    if odd:
+        log.warning("%s: passed over what is no record of a shard, %d times", path, odd)
     return found
 
 
@@ -282,13 +294,14 @@ class Run:
     def make(self, draw: Draw) -> None:
         """Make what is to be made, each shard written while the next one is drawn.
 
-        RunError, or KeyboardInterrupt, with how far it is, where something stops it; all that was made before is kept.
+        Returns once all ranks have. RunError, or KeyboardInterrupt, with how far it is, where something stops it; all that was made before is kept.
         """
         try:
             with _Writer(self) as writer:
                 for k in self.mine():
                     ids = self.plan.ids(k)
                     writer.put(k, draw(ids, self.plan.labels(ids)))
+            self.group.barrier()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"{self.standing()}; the same command goes on from there") from None
         except ConnectionError:
@@ -300,10 +313,11 @@ class Run:
             raise RunError(f"{e}; {self.standing()}") from None
 
     def finish(self) -> None:
-        """Once all ranks are here: all digests into the manifest."""
-        self.group.barrier()
+        """All digests into the manifest, once they have been made."""
         if self.group.first:
             self.manifest = _merge(self.folder, self.manifest)
+            if self.manifest.missing:
+                raise RunError(f"shards {ranges(self.manifest.missing)} are missing in {self.folder}; the same command makes them")
         self.group.barrier()
 
 
@@ -340,12 +354,18 @@ class _Writer:
     def write(self, shard: int, images: np.ndarray) -> None:
         data = self.run.plan.pack(shard, images)
         digest = hashlib.sha256(data).hexdigest()
+        if self.run.manifest.digests.get(shard, digest) != digest:
+            log.warning("%s has come out otherwise than before: is this the same kind of machine?", self.run.plan.name(shard))
         with atomic_write(self.run.folder / self.run.plan.name(shard)) as f:
             f.write(data)
         new = not self.journal.exists()
-        with open(self.journal, "ab", buffering=0) as f:
-            f.write(json.dumps({"shard": shard, "sha256": digest}).encode() + b"\n")
-            os.fsync(f.fileno())
+        try:
+            with open(self.journal, "ab") as f:
+                f.write(json.dumps({"shard": shard, "sha256": digest}).encode() + b"\n")
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, str(self.journal)) from None
         if new:
             flush_folder(self.run.folder)
         log.info("wrote %s, %d bytes", self.run.folder / self.run.plan.name(shard), len(data))
@@ -422,12 +442,16 @@ def _lock(folder: Path, group: Group) -> Iterator[None]:
                     fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise taken() from None
+            except OSError as e:  # some file systems of clusters have none
+                log.warning("%s cannot be locked (%s): see to it that nobody else writes there", folder, e.strerror)
         group.barrier()
         if not group.first:
             try:
                 fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise taken() from None
+            except OSError:
+                pass
         yield
 
 

@@ -15,18 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import __version__, cli, collect, data, distributed, runs, solvers, ways
+from . import cli, collect, data, distributed, runs, solvers, ways
 from .checkpoint import Checkpoint, load
 from .devices import pick_device
 from .distributed import Group
 from .files import atomic_write, make_folder
 from .progress import Progress
 from .sampler import Sampler
+from .version import __version__
 
 PROG = "python -m fastdiff.sample"
 GRID_COLUMNS = 20
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("fastdiff.sample")  # __name__ is "__main__" in the command
 
 
 def parser() -> cli.Parser:
@@ -166,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.start_log(args.log_level)
     if not args.shard_size and (args.verify or args.collect):
         return look(args)
-    with distributed.join() as group:
+    with distributed.join() as group, distributed.one_voice(group):
         if group.world > 1 and (not args.shard_size or args.warmup):
             raise ValueError(
                 f"{group.world} processes share the shards of a run; give --shard-size, or start one process, without torchrun"
@@ -244,7 +245,7 @@ def share(
     channels, height, width = checkpoint.shape
     config = {
         "images": args.batch, "first": args.first, "seed": args.seed, "shard_size": args.shard_size, "shape": [height, width, channels],
-        "labels": kinds or None, "classes": list(checkpoint.classes) or None, "checkpoint_sha256": getattr(checkpoint, "digest", ""),
+        "labels": kinds or None, "classes": list(checkpoint.classes) or None, "checkpoint_sha256": checkpoint.digest,
         "solver": args.solver, "steps": args.steps, "options": options, "guidance": guidance,
         "dtype": args.dtype or str(sampler.dtype).removeprefix("torch."), "way": sampler.way, "micro_batch": args.micro_batch or "auto",
         "device": model_of(sampler.device), "torch": torch.__version__, "fastdiff": __version__,
@@ -284,7 +285,7 @@ def share(
         "load_s": round(loaded - began, 3), "compile_s": round(compiled - loaded, 3), "sample_s": round(seconds, 3),
         "images_per_s": round(to_make / seconds, 1),
     }  # fmt: skip
-    there = f", {plan.count - len(run.todo)} of them there already" * (len(run.todo) < plan.count)
+    there = f", {plan.count - len(run.todo) or 'none'} of them there already" * (len(run.todo) < plan.count)
     say(report, args.json, f"{args.batch} images in {plan.count} shards in {out}{there}; a look at them in {report['grid']}")
 
 

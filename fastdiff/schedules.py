@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ import torch
 
 # A cosine or sigmoid schedule would reach alpha_bar = 0 at its end; Nichol & Dhariwal 2021, section 3.2 keep beta under this.
 MAX_BETA = 0.999
+MAX_TIMESTEPS = 1 << 20  # a file may ask for any number; half a dozen tables of this many take 50 MB
 
 
 # The constructors that a name may stand for: alpha^2 + sigma^2 = 1 (variance-preserving), or the two below, which have no betas.
@@ -21,7 +23,7 @@ NAMES = (*PRESERVING, "flow", "edm")
 
 @dataclass(frozen=True)
 class Schedule:
-    """A noise schedule, given by the name and parameters that rebuild it. Use the constructors:
+    """A noise schedule of at most 2^20 timesteps, given by the name and parameters that rebuild it. Use the constructors:
 
     `linear`, `scaled_linear`, `cosine`, `sigmoid` and `from_alphas_cumprod` preserve the variance, alpha^2 + sigma^2 = 1; `flow` is the
     straight line of flow matching, alpha + sigma = 1; `edm` only adds noise, alpha = 1.
@@ -75,7 +77,13 @@ class Schedule:
         """
         if isinstance(alphas_cumprod, torch.Tensor):
             alphas_cumprod = alphas_cumprod.detach().cpu().double().numpy()
-        values = np.asarray(alphas_cumprod, dtype=np.float64)
+        try:
+            values = np.asarray(alphas_cumprod)
+            if values.dtype.kind not in "iuf":  # text would be taken for numbers
+                raise ValueError(f"they are {values.dtype}")
+            values = values.astype(np.float64)
+        except (ValueError, OverflowError) as e:
+            raise ValueError(f"alphas_cumprod holds what is no number: {e}") from None
         if values.ndim != 1:
             raise ValueError(f"alphas_cumprod has shape {list(values.shape)}; give one value per timestep, [T]")
         return _checked("from_alphas_cumprod", alphas_cumprod=tuple(values.tolist()))
@@ -204,6 +212,14 @@ def whole(value: object) -> bool:
     return hasattr(value, "__index__") and not isinstance(value, (bool, np.bool_))
 
 
+def number(value: object) -> bool:
+    """Whether a value is a finite number that float64 can hold: int, float or NumPy's, but not bool and no text."""
+    try:
+        return not isinstance(value, (bool, np.bool_, str, bytes)) and math.isfinite(float(value))  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
 def _frozen(a: np.ndarray) -> np.ndarray:
     a = np.ascontiguousarray(a, dtype=np.float64)
     a.setflags(write=False)
@@ -214,6 +230,8 @@ def _checked(name: str, **params: Any) -> Schedule:
     timesteps = params.get("timesteps", 1)
     if not whole(timesteps) or timesteps < 1:
         raise ValueError(f"timesteps is {timesteps!r}; a schedule needs a whole number of at least 1")
+    if max(timesteps, len(params.get("alphas_cumprod", ()))) > MAX_TIMESTEPS:
+        raise ValueError(f"a schedule has at most {MAX_TIMESTEPS} timesteps; this one asks for more")
     if "timesteps" in params:
         params["timesteps"] = int(timesteps)
     for key in ("beta_start", "beta_end"):
@@ -227,8 +245,21 @@ def _checked(name: str, **params: Any) -> Schedule:
         raise ValueError(f"shift is {params['shift']!r}; it must be positive")
     if name == "edm" and not (0 < params["sigma_min"] < params["sigma_max"] < np.inf and 0 < params["rho"] < np.inf):
         raise ValueError("an edm schedule needs 0 < sigma_min < sigma_max, and rho > 0")
+    for key, value in params.items():
+        if key != "alphas_cumprod" and not number(value):
+            raise ValueError(f"{key} is {value!r}; it must be a finite number")
     schedule = Schedule(name, tuple(params.items()))
     if name not in PRESERVING:
+        try:
+            with np.errstate(all="ignore"):
+                sigma = schedule.sigma
+            fits = np.isfinite(sigma).all() and sigma[0] > 0 and (np.diff(sigma) >= 0).all()
+        except OverflowError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"{name} with {', '.join(f'{k}={v!r}' for k, v in params.items())} gives noise levels that float64 cannot hold"
+            )
         return schedule
     with np.errstate(all="ignore"):  # what overflows is refused in the next line
         bar = schedule.alphas_cumprod

@@ -1,10 +1,16 @@
-"""Train the network: `python -m fastdiff.train`. A step is a function of the settings and its number, so a resumed run continues exactly."""
+"""Train the network: `python -m fastdiff.train`. A step is a function of the settings and its number, so a resumed run continues exactly.
+
+Under torchrun the processes share each step's examples: what is learnt does not depend on how many they are, beyond rounding.
+"""
 
 from __future__ import annotations
 
 import argparse
 import copy
 import functools
+import hashlib
+import json
+import logging
 import shlex
 import signal
 import sys
@@ -19,19 +25,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
+from torch.nn.parallel import DistributedDataParallel
 
 from . import cli, data, ops
 from .checkpoint import Checkpoint, CheckpointError, read_tensors, write_tensors
 from .devices import pick_device
+from .distributed import Group, job, join, lost, one_voice, own_device
 from .files import atomic_write, make_folder
 from .noise import counter, noise_table, signed
-from .sampler import calm_bar
+from .progress import Progress
 from .schedules import Schedule
 from .unet import UNet, UNetConfig
 
 PROG = "python -m fastdiff.train"
+log = logging.getLogger("fastdiff.train")  # __name__ is "__main__" in the command
 STATE, CHECKPOINT = "state.safetensors", "checkpoint.safetensors"
+# Steps between two questions of several processes whether one of them was told to stop, which each waits for the slowest to answer.
+ASK_EVERY = 10
+ALONE = Group()
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,7 @@ class Run:
     seconds: float = 0.0
     history: list[tuple[int, float]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
-    losses: list[Tensor] = field(default_factory=list)  # since the last entry of history
+    losses: list[Tensor] = field(default_factory=list)  # of all processes together, since the last entry of history
 
     @staticmethod
     def new(settings: Settings, dataset: data.Dataset, device: torch.device) -> Run:
@@ -151,7 +162,7 @@ class Run:
             tensors["losses"] = torch.stack(self.losses)
         about = {
             "training": 1, "settings": asdict(self.settings), "digest": digest, "step": self.step, "seconds": self.seconds,
-            "history": self.history, "held_out": self.held_out,
+            "history": self.history, "held_out": self.held_out, "job": job(),
         }  # fmt: skip
         write_tensors(path, tensors, about)
 
@@ -249,37 +260,62 @@ def train(
     sample_every: int = 1000,
     log_every: int = 50,
     record: dict[str, Any] | None = None,
+    as_json: bool = False,
+    group: Group = ALONE,
 ) -> Path:
     """Train to settings.steps and return the checkpoint's path; `out` also gets the run's state, sample grids and the loss curve.
 
-    KeyboardInterrupt after Ctrl-C or SIGTERM, with the run saved. ValueError where the settings, data or folder do not fit.
+    as_json: lines of JSON rather than a bar, see `Progress`. group: the processes that share the work, each of which calls this alike; the first
+    one writes. One that torchrun has started again
+    goes on from the state that its job has saved. KeyboardInterrupt after Ctrl-C or SIGTERM, with the run saved. ValueError where the
+    settings, data or folder do not fit, ConnectionError where another process has ended.
     """
     device, out = pick_device(device), Path(out)
     cuda = device.type == "cuda"
     learn, test = dataset.split()
     if not len(learn):
         raise ValueError("there are no images to train on: all are held out")
+    if settings.batch < group.world:
+        raise ValueError(f"a batch of {settings.batch} is too small for {group.world} processes: each needs an example of every step")
     digest = learn.digest()
     run = Run.new(settings, dataset, device)
-    if resume:
+    if resume or (group.attempt and (out / STATE).exists() and read_state(out / STATE)[1].get("job") == job()):
         take_up(run, out / STATE, digest)
+        log.info("go on with %s at step %d of %d", out / STATE, run.step, settings.steps)
     elif (out / STATE).exists():
         raise ValueError(f"{out} holds a training run already; add --resume to go on with it, or give another --out")
-    make_folder(out)
-    for name in (STATE, CHECKPOINT, "loss.png", "samples-*.png"):  # left by a run that was killed while it wrote
-        for part in out.glob(f".{name}.*.part"):
-            part.unlink()
+    # Nobody writes before all have looked.
+    if group.any(not group.agree(fingerprint(run, digest))):
+        raise ValueError(f"the processes see different data, settings or states; each needs the same --data and the same {out}")
+    if group.first:
+        make_folder(out)
+        for name in (STATE, CHECKPOINT, "loss.png", "samples-*.png"):  # left by a run that was killed while it wrote
+            for part in out.glob(f".{name}.*.part"):
+                part.unlink()
+                log.debug("removed %s", part)
 
+    first, end = (settings.batch * r // group.world for r in (group.rank, group.rank + 1))
     pool = Pool.of(learn, settings.balance, device)
     table = noise_table(run.schedule, settings.prediction, device)
     noise_counter = counter("training", 0, device)
-    seeds = torch.full((settings.batch,), signed(settings.seed), device=device)
+    seeds = torch.full((end - first,), signed(settings.seed), device=device)
     null = len(dataset.classes)
+    # The mean over ranks of the ranks' weighted means is the mean over the batch.
+    weight = (end - first) * group.world / settings.batch
     call = torch.compile(run.model) if (cuda if compile is None else compile) else run.model
+    if group.world > 1:
+        with lost():  # DDP finds what is compiled within it, and has it cut where gradients can set out
+            call = DistributedDataParallel(call, device_ids=[device] if cuda else None)
     parameters: list[Tensor] = list(run.model.parameters())
     averages: list[Tensor] = list(run.ema.parameters())
+    shares: list[Tensor] = []  # this rank's part of the losses that are not yet in run.losses
+    log.info("%d of %d: examples %d to %d of each %d, on %s", group.rank + 1, group.world, first, end - 1, settings.batch, device)
 
     def check_loss() -> None:
+        """Add up what the ranks have, all of which see the same sums, and so stop together."""
+        if shares:
+            run.losses += group.sum(torch.stack(shares) / group.world)
+            shares.clear()
         if run.losses and not torch.stack(run.losses).isfinite().all():
             kept = f"the last good state is in {out}" if (out / STATE).exists() else "nothing was saved yet"
             raise ValueError(f"the loss is no longer finite at step {run.step}; {kept}; try a smaller --lr")
@@ -287,6 +323,8 @@ def train(
     def save() -> None:
         """The state last: whatever a kill leaves undone before it is made again on resume."""
         check_loss()
+        if not group.first:
+            return
         if len(test) and (not run.held_out or run.held_out[-1][0] != run.step):
             run.held_out.append((run.step, round(held_out_loss(run, test, device), 6)))
         loss_curve(run, out / "loss.png")
@@ -295,47 +333,70 @@ def train(
             "data": dataset.digest(),
             "images": len(learn),
             "device": str(device),
+            "processes": group.world,
             "torch": torch.__version__,
         }
         run.checkpoint((record or {}) | about).save(out / CHECKPOINT)
         run.save(out / STATE, digest)
+        log.info("saved step %d in %s; held-out loss %s", run.step, out, run.held_out[-1][1] if run.held_out else "unknown")
 
-    bar = tqdm(total=settings.steps, initial=run.step, unit="step", smoothing=0.05, **calm_bar())
-    began, before = time.perf_counter(), run.seconds
-    with bar, postponed_signals() as signals:
-        while run.step < settings.steps and not signals:
-            for group in run.optimizer.param_groups:
-                group["lr"] = learning_rate(settings, run.step)
-            examples = torch.arange(run.step * settings.batch, (run.step + 1) * settings.batch, device=device)
+    def stop() -> bool:
+        """Whether a signal has come, to any rank. Each has its own moment, so several settle it at steps that they have in common."""
+        return group.any(bool(signals)) if run.step % ASK_EVERY == 0 or group.world == 1 else False
+
+    began, before, started = time.perf_counter(), run.seconds, run.step
+    with (
+        # Not of the group: each rank takes every step.
+        Progress(settings.steps, run.step, unit="steps", as_json=as_json, shown=group.first) as progress,
+        postponed_signals() as signals,
+        lost(),
+    ):
+        while run.step < settings.steps and not stop():
+            for options in run.optimizer.param_groups:
+                options["lr"] = learning_rate(settings, run.step)
+            examples = torch.arange(run.step * settings.batch + first, run.step * settings.batch + end, device=device)
             x0, t, labels = pool.draw(settings, examples, seeds, null)
             x_t, target = ops.add_noise(x0, t, table, None, seeds, examples, noise_counter, True)
             with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
                 loss = F.mse_loss(call(x_t, t, labels).float(), target)
+            if weight != 1:
+                loss = loss * weight
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
                 torch._foreach_lerp_(averages, parameters, 1 - min(settings.ema, (run.step + 1) / (run.step + 10)))
-            run.losses.append(loss.detach())
+            shares.append(loss.detach())
             run.step += 1
             run.seconds = before + time.perf_counter() - began
-            bar.update()
+            progress.move(1)
+            if run.step == started + 1:
+                progress.begin()  # the first step compiles
             if run.step % log_every == 0:
                 check_loss()
                 mean = float(torch.stack(run.losses).mean())
                 run.losses.clear()
                 run.history.append((run.step, round(mean, 6)))
-                bar.set_postfix_str(f"loss {mean:.4f}, {settings.batch * (bar.format_dict['rate'] or 0):.0f} images/s")
+                progress.note(f"loss {mean:.4f}, {settings.batch * progress.rate():.0f} images/s", loss=round(mean, 6))
+                log.debug("step %d: loss %.6f", run.step, mean)
             last = run.step == settings.steps
-            if run.step % sample_every == 0 or last:
+            if group.first and (run.step % sample_every == 0 or last):
                 sample_grid(run, out / f"samples-{run.step:06d}.png")
             if run.step % save_every == 0 or last:
                 save()
+        if run.step < settings.steps:
+            save()
+        group.barrier()  # nobody ends, or says that all is there, while the first one writes
     if run.step < settings.steps:
-        save()
         raise KeyboardInterrupt(f"stopped at step {run.step} of {settings.steps}; saved in {out}")
     return out / CHECKPOINT
+
+
+def fingerprint(run: Run, digest: str) -> Tensor:
+    """What the ranks of a run must have in common before a step, int64 [1]."""
+    words = repr((digest, run.settings, run.step)).encode()
+    return torch.tensor([int.from_bytes(hashlib.sha256(words).digest()[:8], "little", signed=True)])
 
 
 def sample_grid(run: Run, path: Path, per_class: int = 8, most: int = 20) -> None:
@@ -375,7 +436,7 @@ def parser() -> cli.Parser:
         argument_default=argparse.SUPPRESS,
         description="Train a class-conditional diffusion UNet on small images. Writes checkpoint.safetensors (averaged weights, for "
         "python -m fastdiff.sample --checkpoint), state.safetensors (for --resume), sample grids and a loss curve into --out. "
-        "Ctrl-C saves and says how to go on.",
+        "Ctrl-C saves and says how to go on. torchrun --nproc-per-node N -m fastdiff.train shares each step's examples among N processes.",
     )
     g = p.add_argument_group("data")
     g.add_argument(
@@ -437,33 +498,63 @@ def parser() -> cli.Parser:
     g.add_argument(
         "--sample-every", default=1000, type=cli.whole(1), metavar="STEPS", help="steps between sample grids and loss curves (1000)"
     )
+    p.add_argument(
+        "--json",
+        default=False,
+        action="store_true",
+        help="print lines of JSON: progress now and then, and in the end where the checkpoint is",
+    )
+    cli.add_log_level(p)
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
     args = vars(parser().parse_args(argv))
+    cli.start_log(args["log_level"])
+    typed = sys.argv[1:] if argv is None else argv
+    with join(cuda=torch.cuda.is_available() and args["device"] != "cpu") as group, one_voice(group):
+        return command(args, typed, group)
+
+
+def command(args: dict[str, Any], typed: list[str], group: Group) -> int:
     out = Path(args["out"])
     given = {f.name: args[f.name] for f in fields(Settings) if f.name in args}
     if "channels" in given:
         given["channels"] = tuple(given["channels"])
     if args["resume"]:
         given = asdict(read_state(out / STATE)[2]) | given
-    device = pick_device(args["device"])
+    if group.world > 1 and (args["device"] or "").startswith("cuda:"):
+        raise ValueError(f"{group.world} processes take a GPU each; give --device cuda, or leave it out, not {args['device']}")
+    device = pick_device(own_device(args["device"], group.local) if group.world > 1 else args["device"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dataset = data.load(args["data"], labels=args["labels"], tile=args["tile"], size=args["size"], skip_bad=args["skip_bad"])
-    typed = sys.argv[1:] if argv is None else argv
-    command = shlex.join([*PROG.split(), *typed])
+    start = PROG if group.world == 1 else f"torchrun --nproc-per-node {group.world} -m fastdiff.train"
+    line = shlex.join([*start.split(), *typed])
     began = time.perf_counter()
     try:
         path = train(
-            Settings(**given), dataset, out, resume=args["resume"], device=device, compile=args["compile"],
-            save_every=args["save_every"], sample_every=args["sample_every"], record={"command": command, "source": args["data"]},
+            Settings(**given), dataset, out, resume=args["resume"], device=device, compile=args["compile"], save_every=args["save_every"],
+            sample_every=args["sample_every"], record={"command": line, "source": args["data"]}, as_json=args["json"], group=group,
         )  # fmt: skip
     except KeyboardInterrupt as e:
-        again = command if args["resume"] else f"{command} --resume"
-        print(f"\n{e}. Go on with: {again}" if str(e) else "\ninterrupted")
+        if group.first:
+            again = line if args["resume"] else f"{line} --resume"
+            if args["json"]:
+                print(json.dumps({"event": "stopped", "why": str(e) or "interrupted", "resume": again}))
+            else:
+                print(f"\n{e}. Go on with: {again}" if str(e) else "\ninterrupted")
         return 130
-    print(f"{path}: trained on {len(dataset.split()[0])} images in {time.perf_counter() - began:.0f} s on {device}")
-    print(f"sample from it: python -m fastdiff.sample --checkpoint {path}")
+    if group.first and args["json"]:
+        seconds = round(time.perf_counter() - began, 1)
+        print(
+            json.dumps(
+                {"event": "done", "checkpoint": str(path), "images": len(dataset.split()[0]), "seconds": seconds, "device": str(device)}
+            )
+        )
+    elif group.first:
+        print(f"{path}: trained on {len(dataset.split()[0])} images in {time.perf_counter() - began:.0f} s on {device}")
+        print(f"sample from it: python -m fastdiff.sample --checkpoint {path}")
     return 0
 
 

@@ -10,6 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# A file may ask for any network, and one is laid out before the file's tensors are compared with it.
+MAX_SIZE = 1 << 16  # of every single number
+MAX_BLOCKS = 256  # residual blocks in all; the largest published UNets have some 40
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -18,6 +22,7 @@ class UNetConfig:
     The image is folded `patch` x `patch` pixels to a channel vector first (space-to-depth), so 16 x 16 x 3 is worked on as
     8 x 8 x 12: matrix units and vector lanes are better filled by wide channels than by many pixels. `blocks` residual blocks stand
     at each resolution on the way down and again on the way up, `middle` between them. GroupNorm groups have `group` channels.
+    ValueError for what makes no network, or one of more than 256 blocks, or of a side, width, folded pixel or number of classes above 2^16.
     """
 
     shape: tuple[int, int, int] = (3, 16, 16)
@@ -30,6 +35,9 @@ class UNetConfig:
     num_classes: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("shape", "channels"):
+            if not isinstance(getattr(self, name), (list, tuple)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a list of whole numbers")
         object.__setattr__(self, "shape", tuple(self.shape))
         object.__setattr__(self, "channels", tuple(self.channels))
         numbers = (*self.shape, self.patch, *self.channels, self.blocks, self.embedding, self.group)
@@ -41,6 +49,17 @@ class UNetConfig:
             or not (self.num_classes is None or (type(self.num_classes) is int and self.num_classes > 0))
         ):
             raise ValueError("a UNetConfig needs middle >= 0 and num_classes None or at least 1")
+        sizes = {
+            "a side or channel of shape": max(self.shape), "channels": max(self.channels), "embedding": self.embedding,
+            "num_classes": self.num_classes or 0, "shape[0] x patch^2": self.shape[0] * self.patch**2,
+        }  # fmt: skip
+        for name, value in sizes.items():
+            if value > MAX_SIZE:
+                raise ValueError(f"{name} is {value}; it can be at most {MAX_SIZE}")
+        if 2 * self.blocks * len(self.channels) + self.middle > MAX_BLOCKS:
+            raise ValueError(
+                f"{2 * self.blocks * len(self.channels) + self.middle} residual blocks; a network can have at most {MAX_BLOCKS}"
+            )
         fold = self.patch * 2 ** (len(self.channels) - 1)
         if self.shape[1] % fold or self.shape[2] % fold:
             raise ValueError(f"image size {self.shape[1]} x {self.shape[2]} must be a multiple of {fold} (patch x 2^(levels - 1))")
@@ -65,6 +84,12 @@ def timestep_embedding(t: Tensor, size: int) -> Tensor:
     frequency = torch.exp(torch.arange(size // 2, device=t.device) * (-math.log(10000) / (size // 2)))
     angle = t.float()[:, None] * frequency  # [N, size / 2]
     return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def embedding(rows: int, size: int) -> nn.Embedding:
+    """nn.Embedding(rows, size). On the meta device, where its normal numbers would be none, drawing them imports torch's compiler: a second."""
+    weight = torch.empty(rows, size)
+    return nn.Embedding(rows, size, _weight=weight if weight.is_meta else nn.init.normal_(weight))
 
 
 class ResBlock(nn.Module):
@@ -102,7 +127,7 @@ class UNet(nn.Module):
         folded = config.shape[0] * config.patch**2
         levels = range(len(c))
         self.time = nn.Sequential(nn.Linear(e // 2, e), nn.SiLU(), nn.Linear(e, e))
-        self.label = nn.Embedding(config.num_classes + 1, e) if config.num_classes else None
+        self.label = embedding(config.num_classes + 1, e) if config.num_classes else None
         self.stem = nn.Conv2d(folded, c[0], 3, padding=1)
         self.down = nn.ModuleList(ResBlock(c[i], c[i], config.group) for i in levels for _ in range(config.blocks))
         self.shrink = nn.ModuleList(nn.Conv2d(c[i], c[i + 1], 3, stride=2, padding=1) for i in levels[:-1])

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .unet import MAX_BLOCKS, MAX_SIZE, embedding
+
 # What a setting has to be, where UNet2DModel knows more than is computed here.
 ONLY: dict[str, tuple[Any, ...]] = {
     "time_embedding_type": ("positional",),
@@ -23,6 +25,14 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "downsample_padding": (0, 1),
     "num_train_timesteps": (None,),
 }
+# Whole numbers: the least that they may be, and whether None stands for a default.
+WHOLE = {
+    "in_channels": (1, False), "out_channels": (1, False), "time_embedding_dim": (0, True), "freq_shift": (-MAX_SIZE, False),
+    "layers_per_block": (1, False), "downsample_padding": (0, False), "attention_head_dim": (1, True), "norm_num_groups": (1, False),
+    "attn_norm_num_groups": (0, True), "num_class_embeds": (1, True),
+}  # fmt: skip
+SWITCHES = ("center_input_sample", "flip_sin_to_cos", "add_attention")
+FRACTIONS = ("mid_block_scale_factor", "dropout", "norm_eps")
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,7 @@ class UNet2DConfig:
     DownBlock2D, AttnDownBlock2D, UpBlock2D, AttnUpBlock2D, and what ONLY lists. dropout is for training and has no effect.
 
     num_class_embeds: embeddings of classes, of which the last doubles as the null class, so that `num_classes` is one less. A single embedding
-    leaves no class to choose: `num_classes` is None.
+    leaves no class to choose: `num_classes` is None. ValueError, too, for more than 256 residual blocks and for numbers above 2^16.
     """
 
     sample_size: int | tuple[int, int] = 32
@@ -65,6 +75,10 @@ class UNet2DConfig:
 
     def __post_init__(self) -> None:
         for name in ("down_block_types", "up_block_types", "block_out_channels"):
+            kind = int if name == "block_out_channels" else str
+            given = getattr(self, name)
+            if not isinstance(given, (list, tuple)) or not all(type(v) is kind for v in given):
+                raise ValueError(f"{name}={given!r} must be a list of {'whole numbers' if kind is int else 'names'}")
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.sample_size, list):
             object.__setattr__(self, "sample_size", tuple(self.sample_size))
@@ -82,15 +96,41 @@ class UNet2DConfig:
                 raise ValueError(f"a UNet2DModel with blocks {', '.join(unknown)} is not covered; {name} may be {' and '.join(allowed)}")
             if len(types) != len(self.block_out_channels) or not types:
                 raise ValueError(f"{len(types)} {name} for {len(self.block_out_channels)} block_out_channels; give one for each")
+        self._check_numbers()
         fold = 2 ** (len(self.block_out_channels) - 1)
         if any(side < 1 or side % fold for side in self.shape[1:]):
             raise ValueError(f"sample_size={self.sample_size!r} must be a multiple of {fold} (2^(levels - 1))")
-        if self.num_class_embeds is not None and self.num_class_embeds < 1:
-            raise ValueError(f"num_class_embeds={self.num_class_embeds!r} must be None or at least 1")
         levels = zip(self.block_out_channels, self.down_block_types, self.up_block_types[::-1], strict=True)
         attentive = [c for c, *types in levels if any(t.startswith("Attn") for t in types)]
         if any(c < (self.attention_head_dim or 1) for c in attentive + [self.block_out_channels[-1]] * self.add_attention):
             raise ValueError(f"attention_head_dim={self.attention_head_dim!r} must be at most the block_out_channels that have attention")
+
+    def _check_numbers(self) -> None:
+        for name, (least, optional) in WHOLE.items():
+            value = getattr(self, name)
+            if not (value is None and optional) and (type(value) is not int or not least <= value <= MAX_SIZE + 1):
+                raise ValueError(f"{name}={value!r} must be {'None or ' * optional}at least {least} and at most {MAX_SIZE + 1}")
+        for name in SWITCHES:
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+        for name in FRACTIONS:
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value <= MAX_SIZE or (name == "mid_block_scale_factor" and not value):
+                raise ValueError(f"{name}={value!r} must be a number from 0 to {MAX_SIZE}")
+        sides = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,) * 2
+        if len(sides) != 2 or not all(type(v) is int and v <= MAX_SIZE for v in sides):
+            raise ValueError(f"sample_size={self.sample_size!r} must be one or two whole numbers of at most {MAX_SIZE}")
+        if not all(1 <= v <= MAX_SIZE for v in self.block_out_channels):
+            raise ValueError(f"block_out_channels={self.block_out_channels!r} must be from 1 to {MAX_SIZE}")
+        total = len(self.block_out_channels) * (2 * self.layers_per_block + 1) + 2
+        if total > MAX_BLOCKS:
+            raise ValueError(f"{total} residual blocks; a network can have at most {MAX_BLOCKS}")
+        if odd := [v for v in self.block_out_channels if v % self.norm_num_groups]:
+            raise ValueError(f"block_out_channels {odd[0]} is no multiple of norm_num_groups={self.norm_num_groups}")
+        if self.add_attention and self.block_out_channels[-1] % (self.attn_norm_num_groups or 1):
+            raise ValueError(
+                f"block_out_channels {self.block_out_channels[-1]} is no multiple of attn_norm_num_groups={self.attn_norm_num_groups}"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -208,7 +248,7 @@ class UNet2D(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, c[0], 3, padding=1)
         self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(c[0], temb), "linear_2": nn.Linear(temb, temb)})
         if config.num_class_embeds is not None:
-            self.class_embedding = nn.Embedding(config.num_class_embeds, temb)
+            self.class_embedding = embedding(config.num_class_embeds, temb)
         stages = []
         skips = [c[0]]
         for i in levels:

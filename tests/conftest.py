@@ -14,6 +14,10 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="kill a hundred runs rather than a few; nothing is left out without it")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """No test, and no command that one starts, looks at what was measured on this machine before."""

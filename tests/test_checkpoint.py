@@ -130,7 +130,10 @@ def test_safetensors_of_somebody_else(saved):
         (lambda about, _: about.update(classes=["cat"]), "1 class names for 3"),
         (lambda about, _: about.update(classes="abc"), "no list of different names"),
         (lambda about, _: about.update(classes=["a", "b", "a"]), "no list of different names"),
-        (lambda about, _: about.update(schedule={"name": "linear", "timesteps": 10**13}), "unreadable metadata: .*MemoryError"),
+        (
+            lambda about, _: about.update(schedule={"name": "linear", "timesteps": 10**13}),
+            "unreadable metadata: .*at most 1048576 timesteps",
+        ),
         (lambda _, tensors: tensors.pop("stem.bias"), "stem.bias is None"),
         (lambda _, tensors: tensors["stem.bias"].fill_(torch.nan), "no finite numbers, in stem.bias"),
         (lambda _, tensors: tensors.update({"stem.bias": torch.zeros(16, dtype=torch.int32)}), "no finite numbers, in stem.bias"),

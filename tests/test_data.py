@@ -292,7 +292,7 @@ def test_image_bomb(tmp_path, side):
     header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
     content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
     (tmp_path / "bomb.png").write_bytes(content)
-    fails(r"bomb\.png: claims more pixels than Pillow's limit of 89478485", tmp_path / "bomb.png", tile=16)
+    fails(r"bomb\.png: claims .*more .*than the 16777216 allowed", tmp_path / "bomb.png", tile=16)
 
 
 def test_sheet(tmp_path):
@@ -359,7 +359,7 @@ def whole_file(suffix):
 @given(choice=st.data())
 def test_any_bytes_give_a_dataset_or_a_data_error(tmp_path, monkeypatch, suffix, choice):
     # A changed size in a GIF's header stays cheap to decode.
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1 << 20)
+    monkeypatch.setattr(data, "MAX_PIXELS", 1 << 20)
     file = tmp_path / f"fuzz{suffix}"
     file.write_bytes(choice.draw(damaged(whole_file(suffix))))
     try:

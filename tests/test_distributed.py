@@ -1,0 +1,210 @@
+"""Processes of one job: who they are, what they say to each other, and what becomes of the others when one ends."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from killing import ROOT, Process, free_port, ranks
+
+from fastdiff import distributed
+from fastdiff.distributed import Group, join, launched, own_device
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID")
+WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_one_process_is_launched_by_nobody(monkeypatch):
+    assert not launched()
+    monkeypatch.setenv("RANK", "0")
+    assert not launched()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not launched()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert launched()
+    monkeypatch.delenv("RANK")
+    assert not launched()
+
+
+def test_a_group_of_one_answers_at_once():
+    with join() as group:
+        assert (group.rank, group.world, group.local, group.attempt, group.first) == (0, 1, 0, 0, True)
+        group.barrier()
+        values = torch.tensor([1, 2])
+        assert group.sum(values).tolist() == [1, 2]
+        assert group.agree(values)
+        assert group.any(True) and not group.any(False)
+        assert [group.add("a", 2), group.add("a", 0), group.add("b", -1), group.add("a", 1)] == [2, 2, -1, 3]
+    assert Group().add("a", 1) == 1  # of its own
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("WORLD_SIZE", "many", "the environment variable WORLD_SIZE is 'many'; start the processes with torchrun"),
+        ("WORLD_SIZE", "", "the environment variable WORLD_SIZE is ''"),
+        ("RANK", "x", "the environment variable RANK is 'x'"),
+        ("RANK", "2", "RANK is 2 and WORLD_SIZE 2"),
+        ("RANK", "-1", "RANK is -1 and WORLD_SIZE 2"),
+        ("LOCAL_RANK", "1.5", "the environment variable LOCAL_RANK is '1.5'"),
+        ("MASTER_PORT", "http", "the environment variable MASTER_PORT is 'http'"),
+        ("MASTER_PORT", None, "the environment variable MASTER_PORT is ''"),
+        ("MASTER_PORT", "70000", "port"),
+        ("MASTER_ADDR", None, "MASTER_ADDR"),
+        ("TORCHELASTIC_RESTART_COUNT", "x", "the environment variable TORCHELASTIC_RESTART_COUNT is 'x'"),
+    ],
+)
+def test_variables_that_make_no_sense_are_one_line(monkeypatch, name, value, text):
+    for key, whole in (WHOLE | {name: value}).items():
+        if whole is not None:
+            monkeypatch.setenv(key, whole)
+    with pytest.raises(ValueError, match=text) as caught, join():
+        pass
+    assert "\n" not in str(caught.value)
+
+
+def test_a_number_of_restarts_of_a_group_of_one(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "3")
+    with join() as group:
+        assert group.attempt == 3
+
+
+def test_what_backends_say_is_one_line_and_other_errors_stay():
+    with (
+        pytest.raises(ConnectionError, match=r"^another process of this job has ended \(Connection closed by peer \[127.0.0.1\]:3\)$"),
+        distributed.lost(),
+    ):
+        raise RuntimeError("[/pytorch/third_party/gloo/pair.cc:5] Connection closed by peer [127.0.0.1]:3. This may be\nmore")
+    with pytest.raises(ConnectionError, match=r"^another process of this job has ended \(no answer\)$"), distributed.lost():
+        raise torch.distributed.DistNetworkError("no answer:\nframe #0")
+    with pytest.raises(RuntimeError, match="shapes differ"), distributed.lost():
+        raise RuntimeError("shapes differ")
+
+
+@pytest.mark.parametrize(
+    ("asked", "found", "device"),
+    [("cuda", True, "cuda:3"), (None, True, "cuda:3"), (None, False, None), ("cpu", True, "cpu"), ("cuda:1", True, "cuda:1")],
+)
+def test_a_rank_has_the_gpu_of_its_number(monkeypatch, asked, found, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
+    assert own_device(asked, 3) == device
+
+
+def talk():
+    """What ranks find out from each other, as JSON."""
+    with join() as group:
+        group.barrier()
+        mine = torch.tensor([group.rank, 1.0])
+        found = {
+            "who": [group.rank, group.world, group.local, group.attempt],
+            "sum": group.sum(mine).tolist(),
+            "mine": mine.tolist(),
+            "any": [group.any(group.rank == 1), group.any(False)],
+            "agree": [group.agree(torch.tensor([7])), group.agree(torch.tensor([group.rank]))],
+            "added": group.add("taken", 1),
+        }
+        group.barrier()
+        print(json.dumps(found | {"all": group.add("taken", 0)}), flush=True)
+
+
+def test_three_ranks_agree(tmp_path):
+    processes = ranks(talk, 3, tmp_path, {"TORCHELASTIC_RESTART_COUNT": "2"})
+    assert [p.wait() for p in processes] == [0, 0, 0], processes[0].said()
+    said = [json.loads(p.said()) for p in processes]
+    for rank, found in enumerate(said):
+        assert found["who"] == [rank, 3, rank, 2]
+        assert found["sum"] == [3, 3]
+        assert found["mine"] == [rank, 1]  # not summed in place
+        assert found["any"] == [True, False]
+        assert found["agree"] == [True, rank == 0]
+        assert found["all"] == 3
+    assert sorted(found["added"] for found in said) == [1, 2, 3]
+
+
+def die(victim, what):
+    """One rank ends without a word, while the others ask."""
+    with join() as group:
+        group.barrier()
+        if group.rank == victim:
+            os._exit(1)
+        if what == "sum":
+            group.sum(torch.ones(3))
+        else:
+            while True:
+                group.add("taken", 1)
+                time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("victim", "what"), [(1, "sum"), (0, "sum"), (0, "add")])
+def test_a_rank_that_dies_is_a_connection_error_of_the_others(tmp_path, victim, what):
+    processes = ranks(functools.partial(die, victim, what), 3, tmp_path)
+    for rank, process in enumerate(processes):
+        code = process.wait(60)
+        if rank != victim:
+            assert code == 2, process.said()
+            last = process.said().splitlines()[-1]
+            assert last.startswith("python -m fastdiff.sample: another process of this job has ended (")
+            assert "Traceback" not in process.said()
+
+
+def unreachable():
+    distributed.MEETING = timedelta(seconds=1)
+    with join():
+        pass
+
+
+def test_a_host_that_is_not_there_is_one_line(tmp_path):
+    env = WHOLE | {"RANK": "1", "MASTER_ADDR": "host.invalid"}
+    process = Process(unreachable, tmp_path / "log", env=env)
+    assert process.wait() == 2
+    last = process.said().splitlines()[-1]
+    assert last.startswith("python -m fastdiff.sample: no meeting with the other processes at host.invalid, port 29500: ")
+    assert "Traceback" not in process.said()
+
+
+RESTARTED = """
+import os
+from fastdiff import distributed
+with distributed.join() as group:
+    group.barrier()
+    group.add("taken", 1)
+    group.barrier()
+    if group.attempt == 0:
+        if group.rank == 1:
+            os.kill(os.getpid(), 9)
+        group.barrier()
+    print(f"attempt {group.attempt}, taken {group.add('taken', 0)}, job {distributed.job()!r}", flush=True)
+"""
+
+
+def test_counters_begin_at_0_again_when_torchrun_restarts_its_processes(tmp_path):
+    """With the rendezvous that keeps its store over restarts."""
+    (tmp_path / "script.py").write_text(RESTARTED)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [
+            *("timeout", "-k", "1", "100", sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"),
+            *("--master-addr", "127.0.0.1", "--master-port", free_port(), "--monitor-interval", "0.1", str(Path("script.py"))),
+        ],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("attempt 1, taken 2, job ") for line in lines), lines
+    assert lines[0] == lines[1]

@@ -1,0 +1,56 @@
+"""The fuzzer's corpus, all of it, and a short, fixed run of the fuzzer itself: see fuzz.py."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import fuzz
+import pytest
+
+from fastdiff.checkpoint import CheckpointError
+
+SIZES = {target: sum(1 for _ in (fuzz.CORPUS / target).iterdir()) for target in fuzz.TARGETS}
+RUNS = 400  # executions of each target in a short run
+
+
+def test_the_corpus_is_small_and_nothing_else():
+    assert {p.name for p in fuzz.CORPUS.iterdir()} == fuzz.TARGETS.keys()
+    files = [p for p in fuzz.CORPUS.rglob("*") if p.is_file()]
+    assert len(files) <= 400 and sum(p.stat().st_size for p in files) <= 1 << 20 and min(SIZES.values()) >= 3
+
+
+@pytest.mark.parametrize("target", fuzz.TARGETS)
+def test_corpus(target):
+    """Each file gives a result or the reader's own error; of every target there are some of either."""
+    results = [fuzz.run(target, path.read_bytes()) for path in sorted((fuzz.CORPUS / target).iterdir())]
+    assert None in results and any(results)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (lambda content: 1 / 0, "division by zero"),
+        (lambda content: bytearray(b"x") * (80 << 20), "MiB, more than 64"),
+        (lambda content: sum(range(10**8)), "s, more than 0.5"),
+        (lambda content: (_ for _ in ()).throw(CheckpointError("")), "an error that is no short line"),
+    ],
+)
+def test_what_it_calls_a_finding(monkeypatch, wrong, text):
+    monkeypatch.setattr(fuzz, "SECONDS", 0.5)
+    monkeypatch.setitem(fuzz.TARGETS, "checkpoint", (wrong, CheckpointError, 64, False))
+    peaks = iter((0, 80 << 10 if "MiB" in text else 0))
+    monkeypatch.setattr(fuzz, "peak", lambda: next(peaks))
+    with pytest.raises((fuzz.FindingError, ZeroDivisionError), match=text):
+        fuzz.run("checkpoint", b"")
+
+
+def test_a_short_run(tmp_path):
+    pytest.importorskip("atheris")
+    command = [sys.executable, str(Path(fuzz.__file__)), "all", str(tmp_path), f"-runs={RUNS}", "-seed=1"]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.findall(r"(\w+): (\d+) executions in \d+ s, coverage (\d+), peak \d+ MiB, nothing found", done.stdout)
+    assert [target for target, _, _ in found] == list(fuzz.TARGETS)
+    assert all(int(count) >= RUNS and int(coverage) > 50 for _, count, coverage in found), found
