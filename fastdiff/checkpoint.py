@@ -125,7 +125,7 @@ def load(source: str | os.PathLike[str]) -> Checkpoint:
             raise ValueError(odd)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, MemoryError) as e:
         raise CheckpointError(f"{path} has unreadable metadata: {type(e).__name__}: {e}") from None
-    if not isinstance(prediction, str) or prediction not in PREDICTIONS or len(classes) != (config.num_classes or 0):
+    if prediction not in PREDICTIONS or len(classes) != (config.num_classes or 0):
         raise CheckpointError(
             f"{path} has unfitting metadata: prediction {prediction!r}, {len(classes)} class names for {config.num_classes}"
         )

@@ -48,8 +48,8 @@ def collect(
     - X.tar: WebDataset, for each image its number as 000000000012.png and .cls. With a %d in the name (X-%06d.tar) one tar a shard.
     - anything else: a folder of PNGs, not there before, with a sub-folder a class.
 
-    The target is whole or, after an error, as it was; of several tars each is. progress: called with the number of images after each shard.
-    RunError where the run is not complete, or the target cannot be.
+    The target is whole or, after an error, as it was; of several tars each is, and all shards have been found right before the first is written.
+    progress: called with the number of images after each shard. RunError where the run is not complete, or the target cannot be.
     """
     folder, target = Path(folder), Path(target)
     manifest = runs.read_run(folder)
@@ -69,7 +69,12 @@ def collect(
     kinds = {".npz": _npz, ".npy": _npy, ".tar": _tar}
     if not target.parent.is_dir():
         raise RunError(f"there is no folder {target.parent} for {target.name}")
+    if target.parent.resolve() == folder.resolve() and target.name in {runs.MANIFEST, *map(manifest.plan.name, range(manifest.plan.count))}:
+        raise RunError(f"{target} is one of the run's own files; give another name")
     remove_parts(target.parent, re.sub(TARS, "*", glob.escape(target.name)))
+    if re.search(TARS, target.name):  # of which each takes its name before the next shard is looked at
+        for _ in runs.shards(folder, manifest):
+            pass
     kinds.get(target.suffix.lower(), _folder)(manifest.plan, watched(), target)
     return Collected(target, manifest.plan.images, pixels.hexdigest())
 
@@ -172,6 +177,7 @@ def _folder(plan: Plan, shards: Shards, target: Path) -> None:
             ids, labels = plan.ids(k), plan.labels(plan.ids(k))
             for i, number in enumerate(ids):
                 (homes[-1 if labels is None else int(labels[i])] / f"{number:012}.png").write_bytes(_png(images[i]))
+        getattr(os, "sync", lambda: None)()  # all of them at once: to flush a million small files one by one takes hours
         os.replace(part, target)
         flush_folder(target.parent)
     finally:

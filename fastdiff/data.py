@@ -84,8 +84,8 @@ def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
     """A file's bytes. OSError for one of more than `limit`, before it is read, and for what is no regular file."""
     with open_regular(path) as stream:
         size = os.fstat(stream.fileno()).st_size
-        content = stream.read(limit + 1) if size <= limit else b""
-        if max(size, len(content)) > limit:
+        content = stream.read(size + 1) if size <= limit else b""
+        if size > limit or len(content) > size:  # too many, or still growing
             raise OSError(errno.EFBIG, f"{max(size, len(content))} bytes, more than the {limit} allowed", os.fspath(path))
         return content
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -150,9 +150,10 @@ def one_voice(group: Group) -> Iterator[None]:
         if group.world > 1:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(0 if group.first else 0.3)
-            if group.add("failed", 1) > 1:
-                log.debug("%s", e)
-                sys.exit(2)
+            with suppress(ConnectionError):  # where the store is gone, too, each speaks for itself
+                if group.add("failed", 1) > 1:
+                    log.debug("%s", e)
+                    sys.exit(2)
         raise
 
 

@@ -18,6 +18,7 @@ from .distributed import Group
 WINDOW_S = 300.0
 # A line of JSON so often, and points of the rate no closer than that many in a window.
 EVERY_S, POINTS = 10.0, 100
+TELL_S = 1.0  # between what a rank tells the others
 
 
 class _Bar(tqdm):  # type: ignore[misc]
@@ -54,8 +55,8 @@ class Progress:
         self.total, self.before, self.as_json, self.unit, self.every, self.clock = total, done, as_json, unit, every, clock
         self.group = Group() if group is None else group
         self.shown = shown and self.group.first
-        self.complete, self.partial = 0, 0.0  # since the beginning: in finished parts, of all ranks; in the part under way, of this one
-        self.began = self.said = clock()
+        self.complete, self.partial = 0, 0.0  # since the beginning: told by all ranks; by this one, and not told yet
+        self.began = self.said = self.told = clock()
         self.points: collections.deque[tuple[float, float]] = collections.deque([(self.began, 0.0)])
         self.more: dict[str, Any] = {}  # what else a line of JSON says
         self.lock = threading.Lock()  # micro-batches report from threads of their own
@@ -98,10 +99,12 @@ class Progress:
     def move(self, images: float, complete: bool = False) -> None:
         with self.lock:
             self.partial += images
-            if complete:
-                self.complete = self.group.add("images", round(self.partial))
-                self.partial = 0.0
             now = self.clock()
+            if complete:
+                self.complete, self.partial, self.told = self.group.add("images", round(self.partial)), 0.0, now
+            elif self.group.world > 1 and now - self.told >= TELL_S:
+                some = int(self.partial)
+                self.complete, self.partial, self.told = self.group.add("images", some), self.partial - some, now
             if now - self.points[-1][0] >= WINDOW_S / POINTS:
                 self.points.append((now, self.complete + self.partial))
                 while len(self.points) > 2 and now - self.points[1][0] >= WINDOW_S:

@@ -210,12 +210,21 @@ def test_an_incomplete_run_is_refused(made, tmp_path, name):
         collect(tmp_path, tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["run/shard-000002.npz", "run/manifest.json", "run/../run/shard-000000.npz"])
+def test_the_runs_own_files_are_no_target(made, tmp_path, name):
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(RunError, match="is one of the run's own files; give another name"):
+        collect(made[0], tmp_path / name)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    collect(made[0], tmp_path / "run" / "all.npz")
+
+
 @pytest.mark.parametrize("harm", ["altered", "lost"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "x-%d.tar"])
 def test_a_bad_shard_leaves_the_target_as_it_was(made, tmp_path, name, harm):
     folder = made[0]
     if name != "pngs":
-        (tmp_path / name).write_text("old")
+        (tmp_path / name.replace("%d", "0")).write_text("old")
         (tmp_path / "x_labels.npy").write_text("old")
     shard = folder / "shard-000003.npz"
     content = shard.read_bytes()

@@ -129,10 +129,15 @@ def test_headers(path, header, match):
 
 def test_sizes_of_a_header_and_of_a_file(path):
     """Of sparse files, which take no room on the disk."""
-    for length, size in ((0, 5 << 30), (2**63, 8 * MIB), (17 * MIB, 64 * MIB), (2**64 - 1, 8)):
+    for length, size, match in (
+        (0, 5 << 30, "5368709120 bytes, 0 of them header, and at most 4294967296 and 16777216 are read"),
+        (17 * MIB, 64 * MIB, "67108864 bytes, 17825792 of them header, and at most 4294967296 and 16777216 are read"),
+        (2**63, 8 * MIB, "a header of 9223372036854775808 bytes in a file of 8388608"),
+        (2**64 - 1, 8, "a header of 18446744073709551615 bytes in a file of 8"),
+    ):
         path.write_bytes(length.to_bytes(8, "little"))
         os.truncate(path, size)
-        refuse_checkpoint(path, None, "at most 4294967296 and 16777216 are read|a header of|is no JSON|Expecting value", memory=MIB)
+        refuse_checkpoint(path, None, match, memory=MIB)
 
 
 def test_tensors_are_what_safetensors_reads(path):
@@ -150,7 +155,8 @@ def test_tensors_are_what_safetensors_reads(path):
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     odd = headed({"a": entry(shape=(3,), span=(0, 3)), "b": entry("F32", (2,), (3, 11))}, 0) + b"abc" + struct.pack("<2f", 1.5, -2)
     path.write_bytes(odd)
-    assert checkpoint.read_safetensors(path)[0]["b"].tolist() == [1.5, -2]
+    b = checkpoint.read_safetensors(path)[0]["b"]
+    assert b.tolist() == [1.5, -2] and b.data_ptr() % 4 == 0
 
 
 def test_digest_of_a_checkpoint(path):
