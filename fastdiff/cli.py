@@ -25,7 +25,8 @@ class Parser(argparse.ArgumentParser):
     """argparse, with its errors on one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help shows all options)\n")
+        # Of several processes with the same arguments one says so.
+        self.exit(2, f"{self.prog}: {message} (--help shows all options)\n" if os.environ.get("RANK", "0") == "0" else None)
 
 
 def number(kind: type[int] | type[float], low: float, high: float = math.inf, what: str = "number") -> Callable[[str], int | float]:
@@ -92,9 +93,16 @@ def run(main: Callable[[], int], prog: str) -> NoReturn:
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(e):
             raise
-        print(f"{prog}: out of memory; ask for fewer or smaller images at a time (--batch, --micro-batch, --size)", file=sys.stderr)
+        print(f"{prog}: out of memory; ask for fewer or smaller images at a time (--help)", file=sys.stderr)
         code = 2
     except KeyboardInterrupt as e:
         print(f"\n{prog}: interrupted{'; ' * bool(str(e))}{e}", file=sys.stderr)
         code = 130
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+    if code and torch.distributed.is_available() and torch.distributed.is_initialized():
+        # The threads of a group that has not come to its end abort an interpreter that ends under them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)

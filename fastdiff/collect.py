@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import io
 import os
@@ -19,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from . import runs
-from .files import atomic_write, flush_folder, remove_parts
+from .files import atomic_write, flush_folder, part_of, remove_parts
 from .runs import Plan, RunError
 
 CHUNK = 1 << 16  # ids and labels written at a time
@@ -66,17 +65,45 @@ def collect(
             yield k, images
             progress(len(images))
 
-    kinds = {".npz": _npz, ".npy": _npy, ".tar": _tar}
-    if not target.parent.is_dir():
-        raise RunError(f"there is no folder {target.parent} for {target.name}")
-    if target.parent.resolve() == folder.resolve() and target.name in {runs.MANIFEST, *map(manifest.plan.name, range(manifest.plan.count))}:
-        raise RunError(f"{target} is one of the run's own files; give another name")
-    remove_parts(target.parent, re.sub(TARS, "*", glob.escape(target.name)))
+    _check(target, folder, manifest.plan)
+    names = re.escape(target.name)
+    remove_parts(
+        target.parent, rf"{names}|{re.escape(_labels(target).name)}" if target.suffix.lower() == ".npy" else _pattern(names), alive=True
+    )
     if re.search(TARS, target.name):  # of which each takes its name before the next shard is looked at
         for _ in runs.shards(folder, manifest):
             pass
-    kinds.get(target.suffix.lower(), _folder)(manifest.plan, watched(), target)
+    KINDS.get(target.suffix.lower(), _folder)(manifest.plan, watched(), target)
     return Collected(target, manifest.plan.images, pixels.hexdigest())
+
+
+def _check(target: Path, folder: Path, plan: Plan) -> None:
+    """RunError where nothing can be collected into the target."""
+    suffix, numbers = target.suffix.lower(), re.findall(TARS, target.name)
+    if not target.parent.is_dir():
+        raise RunError(f"there is no folder {target.parent} for {target.name}")
+    own = {runs.MANIFEST, runs.LOCK, runs.GRID, *map(plan.name, range(plan.count))}
+    if target.parent.resolve() == folder.resolve() and target.name in own:
+        raise RunError(f"{target} is one of the run's own files; give another name")
+    if suffix and suffix not in KINDS:
+        raise RunError(f"{target.name} is neither .npz, .npy nor .tar; a folder of PNGs has a name without a suffix")
+    if (numbers and suffix != ".tar") or (suffix == ".tar" and target.name.count("%") != len(numbers)) or len(numbers) > 1:
+        raise RunError(f"{target.name} is no name of tars, one a shard; those have a single %d, as in sprites-%06d.tar")
+    if suffix in KINDS and target.is_dir():
+        raise RunError(f"{target} is a folder; give the name of a file")
+    if suffix not in KINDS and target.exists():
+        raise RunError(f"{target} is there already; give the name of a folder that is not, for PNGs, or of a .npz, .npy or .tar")
+    if suffix not in (".npz", ".npy") and plan.shape[2] not in (1, 3, 4):
+        raise RunError(f"images of {plan.shape[2]} channels cannot be PNGs; collect them into .npz or .npy")
+
+
+def _pattern(names: str) -> str:
+    """Of an escaped name, with the place of a shard's number as any number."""
+    return re.sub(r"%0?\d*d", r"\\d+", names)
+
+
+def _labels(target: Path) -> Path:
+    return target.with_name(f"{target.stem}_labels.npy")
 
 
 def _header(f: IO[bytes], dtype: type, shape: tuple[int, ...]) -> None:
@@ -116,8 +143,8 @@ def _npz(plan: Plan, shards: Shards, target: Path) -> None:
 def _npy(plan: Plan, shards: Shards, target: Path) -> None:
     with atomic_write(target) as f:
         _pixels(f, plan, shards)
-        if plan.kinds:  # before the images take their name, so that an error leaves both as they were
-            with atomic_write(target.with_name(f"{target.stem}_labels.npy")) as g:
+        if plan.kinds:  # once all shards were right, and before the images take their name
+            with atomic_write(_labels(target)) as g:
                 _column(g, plan, plan.labels)
 
 
@@ -128,17 +155,8 @@ def _png(image: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def _drawable(plan: Plan) -> None:
-    if plan.shape[2] not in (1, 3, 4):
-        raise RunError(f"images of {plan.shape[2]} channels cannot be PNGs; collect them into .npz or .npy")
-
-
 def _tar(plan: Plan, shards: Shards, target: Path) -> None:
-    _drawable(plan)
-    many = len(re.findall(TARS, target.name))
-    if many > 1 or target.name.count("%") > many:
-        raise RunError(f"{target.name} is no name of tars; give one, or one with a single %d, such as sprites-%06d.tar")
-    if many:
+    if re.search(TARS, target.name):
         for k, images in shards:
             with atomic_write(target.with_name(target.name % k)) as f:
                 _members(f, plan, iter([(k, images)]))
@@ -161,12 +179,7 @@ def _members(f: IO[bytes], plan: Plan, shards: Shards) -> None:
 
 
 def _folder(plan: Plan, shards: Shards, target: Path) -> None:
-    _drawable(plan)
-    if target.exists():
-        raise RunError(f"{target} is there already; give the name of a folder that is not")
-    if target.suffix:
-        raise RunError(f"{target.name} is neither .npz, .npy nor .tar; a folder of PNGs has a name without a suffix")
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    part = part_of(target)
     shutil.rmtree(part, ignore_errors=True)
     names = folder_names(plan.classes)
     homes = {kind: part / names[kind] for kind in plan.kinds} or {-1: part}
@@ -190,3 +203,6 @@ def folder_names(classes: tuple[str, ...]) -> list[str]:
     if len({name.casefold() for name in names}) < len(names):
         return [f"{i} {name}" for i, name in enumerate(names)]
     return names
+
+
+KINDS = {".npz": _npz, ".npy": _npy, ".tar": _tar}

@@ -1230,6 +1230,12 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
                 classes = tuple(settings["classes"])
         weights = read_safetensors(folder / "unet" / "diffusion_pytorch_model.safetensors")[0]
         fill(model, {_renamed(name, kind): v for name, v in weights.items()})
+        if (
+            not all(isinstance(c, str) for c in classes)
+            or len(set(classes)) != len(classes)
+            or len(classes) != (model.config.num_classes or 0)
+        ):
+            raise ValueError(f"classes are no {model.config.num_classes or 0} different names")
         if odd := odd_name(classes):
             raise ValueError(odd)
         steps = scheduling.get("num_train_timesteps", 1000)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +18,7 @@ from typing import IO
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A binary file that takes its name only once it is complete. On any error the old file, if there was one, stays as it was."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = part_of(path)
     try:
         with open(part, "wb") as f:
             yield f
@@ -28,26 +31,54 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             raise
         raise OSError(e.errno, e.strerror, str(path)) from None  # the name that the user knows
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what is wrong has been said, by the name that the user knows
+            part.unlink(missing_ok=True)
+
+
+def part_of(path: Path) -> Path:
+    """Where a process writes what is to be called `path` once it is complete."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 def flush_folder(path: Path) -> None:
-    """Have the names in a folder on the disk too, where the system can."""
+    """Have the names in a folder on the disk too, where the system and its file system can."""
     if hasattr(os, "O_DIRECTORY"):
         number = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(number)
+        except OSError as e:
+            if e.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
         finally:
             os.close(number)
 
 
-def remove_parts(folder: Path, pattern: str = "*") -> None:
-    """Remove what `atomic_write` left undone of files so named, where its process was killed."""
-    for part in folder.glob(f".{pattern}.*.part"):
-        if part.is_dir():
-            shutil.rmtree(part)
+def remove_parts(folder: Path, names: str, *, alive: bool = False) -> None:
+    """Remove what killed processes left undone: parts (`part_of`) of the names that a regular expression matches, and no other files.
+
+    alive: whether other processes may be at it just now, whose parts then stay. A part that is a folder goes with all that is in it.
+    """
+    for path in list(folder.iterdir()):
+        found = re.fullmatch(rf"\.(?:{names})\.(\d+)\.part", path.name)
+        if found is None or (alive and _runs(int(found[1]))):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            part.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether there is such a process, other than this one, on this machine."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:

@@ -37,6 +37,7 @@ class Progress:
 
     total: images of the run; done: those that were there already. as_json: a line of JSON on stdout every `every` seconds, {"event": "progress",
     "images", "of", "images_per_s", "eta_s"}, rather than a bar on stderr. unit: what is counted instead, in the plural. shown: whether at all.
+    doing: the event in JSON, and the bar's name, of what is no making.
     clock: seconds, for tests. To be made when work begins, or told so (`begin`): what was spent on compiling before is no part of the rate.
     """
 
@@ -49,6 +50,7 @@ class Progress:
         as_json: bool = False,
         unit: str = "images",
         shown: bool = True,
+        doing: str = "progress",
         every: float = EVERY_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -60,7 +62,10 @@ class Progress:
         self.points: collections.deque[tuple[float, float]] = collections.deque([(self.began, 0.0)])
         self.more: dict[str, Any] = {}  # what else a line of JSON says
         self.lock = threading.Lock()  # micro-batches report from threads of their own
+        self.doing = doing
         settings: dict[str, Any] = {} if sys.stderr.isatty() else {"mininterval": 2.0}
+        if doing != "progress":  # what is done with images that are there is mostly done at once
+            settings |= {"desc": doing, "delay": 2.0}
         self.bar = _Bar(total=total, initial=done, unit=unit.removesuffix("s"), disable=as_json or not self.shown, smoothing=0, **settings)
 
     def __enter__(self) -> Progress:
@@ -127,7 +132,7 @@ class Progress:
             self.complete = self.group.add("images", 0)
         left, self.said = self.eta(), now
         line = {
-            "event": "progress", self.unit: self.images, "of": self.total, f"{self.unit}_per_s": float(f"{self.rate():.4g}"),
+            "event": self.doing, self.unit: self.images, "of": self.total, f"{self.unit}_per_s": float(f"{self.rate():.4g}"),
             "eta_s": None if left is None else round(left, 1), **self.more,
         }  # fmt: skip
         print(json.dumps(line), flush=True)

@@ -36,7 +36,8 @@ from .distributed import Group
 from .files import atomic_write, flush_folder, make_folder, remove_parts
 
 FORMAT = 1
-MANIFEST, LOCK = "manifest.json", ".lock"
+MANIFEST, LOCK, GRID = "manifest.json", ".lock", "grid.png"
+PARTS = r"manifest\.json|grid\.png|shard-\d+\.npz"  # what is written here by way of a part, as a regular expression
 JOURNALS = ".journal-*.jsonl"
 MAX_SHARDS = 100_000
 MAX_MANIFEST = 32 << 20  # bytes: three times what MAX_SHARDS ask for
@@ -45,6 +46,14 @@ log = logging.getLogger(__name__)
 
 # ids int64 [n], labels int64 [n] or None -> images uint8 [n, H, W, C]
 Draw = Callable[[np.ndarray, "np.ndarray | None"], np.ndarray]
+
+
+# What decides a run's images and has an option, by which a refusal calls it.
+FLAGS = {
+    "images": "--batch", "first": "--first", "seed": "--seed", "shard_size": "--shard-size", "labels": "--label", "solver": "--solver",
+    "steps": "--steps", "options": "--option", "guidance": "--guidance", "dtype": "--dtype", "way": "--compile", "micro_batch": "--micro-batch",
+    "device": "--device", "checkpoint_sha256": "--checkpoint",
+}  # fmt: skip
 
 
 class RunError(ValueError):
@@ -90,9 +99,11 @@ class Plan:
         return -(-self.images // self.shard_size)
 
     def name(self, shard: int) -> str:
+        """A shard's file."""
         return f"shard-{shard:06}.npz"
 
     def ids(self, shard: int) -> np.ndarray:
+        """The numbers of a shard's images, int64 [n]."""
         ids: np.ndarray = np.int64(self.first + shard * self.shard_size) + np.arange(self.size(shard), dtype=np.int64)
         return ids
 
@@ -110,6 +121,7 @@ class Plan:
         return self.size(shard) * (int(np.prod(self.shape)) + 16) + names + 4096
 
     def labels(self, ids: np.ndarray) -> np.ndarray | None:
+        """The classes of images by their numbers, int64 [n], or None where there are no classes."""
         return np.array(self.kinds, np.int64)[ids % len(self.kinds)] if self.kinds else None
 
     def pack(self, shard: int, images: np.ndarray) -> bytes:
@@ -159,10 +171,14 @@ class Plan:
 
 @dataclass
 class Manifest:
-    """What a run is, and the sha256, in hex, of the shards that are known to have been written."""
+    """What a run is, and the sha256, in hex, of the shards that are known to have been written.
+
+    arithmetic: `Sampler.fingerprint` where the first shard was made, None before. A configuration cannot name all that the bits of a sum depend on.
+    """
 
     config: dict[str, Any]
     digests: dict[int, str] = field(default_factory=dict)
+    arithmetic: str | None = None
 
     def __post_init__(self) -> None:
         self.config = json.loads(json.dumps(self.config))  # as it comes back from the file, to be compared with that
@@ -170,16 +186,19 @@ class Manifest:
 
     def text(self) -> str:
         plan = self.plan
-        head = json.dumps({"fastdiff_run": FORMAT, "config": self.config, "complete": len(self.digests) == plan.count}, indent=1)
+        complete = len(self.digests) == plan.count
+        head = json.dumps({"fastdiff_run": FORMAT, "config": self.config, "arithmetic": self.arithmetic, "complete": complete}, indent=1)
         lines = [json.dumps(plan.entry(k, self.digests[k])) for k in sorted(self.digests)]
         return f'{head[:-2]},\n "shards": [{",".join(f"{chr(10)}  {line}" for line in lines)}\n ]\n}}\n'
 
     def write(self, folder: Path) -> None:
+        """Into its file, atomically."""
         with atomic_write(folder / MANIFEST) as f:
             f.write(self.text().encode())
 
     @property
     def missing(self) -> list[int]:
+        """The shards that have no digest."""
         return [k for k in range(self.plan.count) if k not in self.digests]
 
 
@@ -192,7 +211,9 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
             raise TypeError("it is not one of fastdiff's")
         if raw["fastdiff_run"] != FORMAT:
             raise TypeError("it has another format version than this fastdiff writes")
-        manifest = Manifest(raw["config"])
+        manifest = Manifest(raw["config"], arithmetic=raw.get("arithmetic"))
+        if not isinstance(manifest.arithmetic, str | None):
+            raise TypeError("its arithmetic is no text")
         for entry in raw["shards"]:
             shard = (entry["first"] - manifest.plan.first) // manifest.plan.shard_size
             digest = _digest(manifest.plan, shard, entry["sha256"])
@@ -251,9 +272,8 @@ def _short(e: Exception) -> str:
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """The settings that two configurations do not share, "steps 10, not 20"; "" where they are the same."""
     names = [*old, *(name for name in new if name not in old)]
-    return "; ".join(
-        f"{_show(name)} {_show(old.get(name))}, not {_show(new.get(name))}" for name in names if old.get(name) != new.get(name)
-    )
+    differ = [name for name in names if old.get(name) != new.get(name)]
+    return "; ".join(f"{_show(name)} {_show(old.get(name))}, not {_show(new.get(name))}" for name in differ)
 
 
 def _show(value: Any) -> str:
@@ -271,13 +291,18 @@ class Run:
 
     def standing(self) -> str:
         """How far it is, in words. What has been made since `check`, by any rank, is what is in the journals."""
-        made = {k for path in self.folder.glob(JOURNALS) for k in _read_journal(self.plan, path)}
-        return f"{self.plan.count - len(self.todo) + len(made)} of {self.plan.count} shards are in {self.folder}"
+        there = self.manifest.digests.keys() - set(self.todo)
+        with contextlib.suppress(OSError):
+            there |= {k for path in self.folder.glob(JOURNALS) for k in _read_journal(self.plan, path)}
+        return f"{len(there)} of {self.plan.count} shards are in {self.folder}"
 
-    def check(self) -> None:
+    def check(self, checked: Callable[[int], object]) -> None:
         """Find out which shards are still to be made: those without a digest, and those that are not what theirs says. Each rank looks at its part."""
         bad = torch.zeros(self.plan.count, dtype=torch.int32)
         for k in range(self.group.rank, self.plan.count, self.group.world):
+            if (self.folder / self.plan.name(k)).is_dir():
+                raise RunError(f"{self.folder / self.plan.name(k)} is a folder, where a shard is to be; move it away")
+            checked(self.plan.size(k) * self.group.world)
             if k not in self.manifest.digests:
                 bad[k] = 1
             elif what := _altered(self.folder, self.manifest, k, _read(self.folder, self.plan, k)):
@@ -285,6 +310,26 @@ class Run:
                 bad[k] = 1
         self.todo = self.group.sum(bad).nonzero().flatten().tolist()
         log.info("%d of %d shards are to be made", len(self.todo), self.plan.count)
+
+    def settle(self, arithmetic: str) -> None:
+        """All who make shards of a run must compute the same bits. RunError where the ranks do not, or those who began it did not.
+
+        arithmetic: `Sampler.fingerprint`.
+        """
+        words = torch.frombuffer(bytearray(hashlib.sha256(arithmetic.encode()).digest()), dtype=torch.int64)
+        if self.group.any(not self.group.agree(words)):
+            raise RunError(
+                "the processes' networks give other bits (another model of CPU or GPU, or other libraries); a run needs equal machines"
+            )
+        began = self.manifest.arithmetic
+        if began not in (None, arithmetic):
+            raise RunError(
+                f"{self.folder} was begun where the network gives other bits (arithmetic {_show(began)}, here {arithmetic}): on another model of CPU "
+                "or GPU, or with other libraries; go on on one like that, or give another --out"
+            )
+        self.manifest.arithmetic = arithmetic
+        if self.group.first and began is None:
+            self.manifest.write(self.folder)
 
     def mine(self) -> Iterator[int]:
         """Shards for this rank, one at a time, from the list that all ranks take theirs from."""
@@ -294,7 +339,7 @@ class Run:
     def make(self, draw: Draw) -> None:
         """Make what is to be made, each shard written while the next one is drawn.
 
-        Returns once all ranks have. RunError, or KeyboardInterrupt, with how far it is, where something stops it; all that was made before is kept.
+        Returns once all ranks have. RunError, with how far it is, where something stops it; all that was made before is kept.
         """
         try:
             with _Writer(self) as writer:
@@ -302,8 +347,6 @@ class Run:
                     ids = self.plan.ids(k)
                     writer.put(k, draw(ids, self.plan.labels(ids)))
             self.group.barrier()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"{self.standing()}; the same command goes on from there") from None
         except ConnectionError:
             raise
         except OSError as e:
@@ -372,20 +415,25 @@ class _Writer:
 
 
 @contextmanager
-def hold(folder: str | os.PathLike[str], config: dict[str, Any], group: Group) -> Iterator[Run]:
+def hold(
+    folder: str | os.PathLike[str], config: dict[str, Any], group: Group, checked: Callable[[int], object] = lambda images: None
+) -> Iterator[Run]:
     """The run of that configuration in a folder, begun or taken up, for all ranks of a group, and for nobody else as long as the block lasts.
 
-    config: JSON values that decide the images; `first`, `images`, `shard_size`, `shape`, `labels` and `classes` among them. RunError where
-    another process writes there, or where the folder holds a run of another configuration, which is named.
+    config: JSON values that decide the images; `first`, `images`, `shard_size`, `shape`, `labels` and `classes` among them. checked: called with
+    a number of images after each shard that has been looked at. RunError where another process writes there, or where the folder holds a run of
+    another configuration, which is named. A KeyboardInterrupt in the block says how far the run is.
     """
     folder = Path(folder)
     manifest = Manifest(config)
     if group.first:
         make_folder(folder)
     group.barrier()
+    if not folder.is_dir():
+        raise RunError(f"the processes see different folders {folder}; each needs the same one, on a disk that all share")
     with _lock(folder, group):
         if group.first:
-            remove_parts(folder)
+            remove_parts(folder, PARTS)
             if not (folder / MANIFEST).exists():
                 if any(folder.glob("shard-*.npz")):
                     raise RunError(f"{folder} holds shards without a {MANIFEST}; give another --out, or remove them")
@@ -397,13 +445,17 @@ def hold(folder: str | os.PathLike[str], config: dict[str, Any], group: Group) -
         there = read_manifest(folder / MANIFEST)
         _same(folder, there, manifest)
         run = Run(folder, there, group)
-        run.check()
-        yield run
+        try:
+            run.check(checked)
+            yield run
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{run.standing()}; the same command goes on from there") from None
 
 
 def _same(folder: Path, there: Manifest, here: Manifest) -> None:
     if differs := difference(there.config, here.config):
-        raise RunError(f"{folder} holds a run with {differs}; give the same again, or another --out")
+        flags = ", ".join(flag for name, flag in FLAGS.items() if there.config.get(name) != here.config.get(name))
+        raise RunError(f"{folder} holds a run with {differs}; give the same again{f' ({flags})' if flags else ''}, or another --out")
 
 
 def _merge(folder: Path, manifest: Manifest) -> Manifest:
@@ -438,6 +490,7 @@ def _lock(folder: Path, group: Group) -> Iterator[None]:
                 f.truncate(0)
                 f.write(f"process {os.getpid()} on {socket.gethostname()}")
                 f.flush()
+                os.fsync(f.fileno())
                 if group.world > 1:
                     fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -445,6 +498,10 @@ def _lock(folder: Path, group: Group) -> Iterator[None]:
             except OSError as e:  # some file systems of clusters have none
                 log.warning("%s cannot be locked (%s): see to it that nobody else writes there", folder, e.strerror)
         group.barrier()
+        f.seek(0)
+        word = hashlib.sha256(f.read().encode()).digest()
+        if group.any(not group.agree(torch.frombuffer(bytearray(word), dtype=torch.int64))):
+            raise RunError(f"the processes see different folders {folder}; each needs the same one, on a disk that all share")
         if not group.first:
             try:
                 fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -498,8 +555,8 @@ def shards(folder: Path, manifest: Manifest) -> Iterator[tuple[int, np.ndarray]]
         yield k, manifest.plan.unpack(k, data or b"")
 
 
-def verify(folder: str | os.PathLike[str]) -> Verdict:
-    """Look at every shard of a run. RunError where there is no run."""
+def verify(folder: str | os.PathLike[str], checked: Callable[[int], object] = lambda images: None) -> Verdict:
+    """Look at every shard of a run. checked: called with a number of images after each. RunError where there is no run."""
     folder = Path(folder)
     manifest = read_run(folder)
     plan, pixels = manifest.plan, hashlib.sha256()
@@ -511,6 +568,7 @@ def verify(folder: str | os.PathLike[str]) -> Verdict:
             (missing if what == "missing" else altered).append(k)
         elif not missing and not altered:
             pixels.update(plan.unpack(k, data or b"").data)
+        checked(plan.size(k))
     return Verdict(plan, tuple(missing), tuple(altered), None if missing or altered else pixels.hexdigest())
 
 

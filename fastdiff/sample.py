@@ -9,6 +9,7 @@ import json
 import logging
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def parser() -> cli.Parser:
     g = p.add_argument_group("runs of many images")
     g.add_argument(
         "--shard-size",
-        type=cli.whole(1),
+        type=cli.whole(1, 10**9),
         metavar="N",
         help="write numbered shards of N images and a manifest into --out, so that nothing is lost but the shards under way; a run that is there "
         "goes on, if all that decides its images is the same",
@@ -165,6 +166,8 @@ def picture(images: np.ndarray, labels: np.ndarray | None, kinds: int) -> np.nda
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     cli.start_log(args.log_level)
+    if not args.out or args.collect == "":
+        raise ValueError(f"--{'collect' if args.out else 'out'} is empty; give a name")
     if not args.shard_size and (args.verify or args.collect):
         return look(args)
     with distributed.join() as group, distributed.one_voice(group):
@@ -242,20 +245,16 @@ def share(
     began: float,
 ) -> None:
     """The shards of a run that are still to be made, shared out among the processes of a group."""
-    channels, height, width = checkpoint.shape
-    config = {
-        "images": args.batch, "first": args.first, "seed": args.seed, "shard_size": args.shard_size, "shape": [height, width, channels],
-        "labels": kinds or None, "classes": list(checkpoint.classes) or None, "checkpoint_sha256": checkpoint.digest,
-        "solver": args.solver, "steps": args.steps, "options": options, "guidance": guidance,
-        "dtype": args.dtype or str(sampler.dtype).removeprefix("torch."), "way": sampler.way, "micro_batch": args.micro_batch or "auto",
-        "device": model_of(sampler.device), "torch": torch.__version__, "fastdiff": __version__,
-    }  # fmt: skip
-    with runs.hold(args.out, config, group) as run:
+    config = configuration(args, checkpoint, sampler, kinds, guidance, options)
+    with ExitStack() as stack:
+        with Progress(args.batch, as_json=args.json, shown=group.first, doing="check") as checked:
+            run = stack.enter_context(runs.hold(args.out, config, group, checked.move))
         plan = run.plan
         to_make = sum(plan.size(k) for k in run.todo)
         loaded = compiled = time.perf_counter()
         if run.todo:
             sampler.warmup(guidance != 1, n=plan.size(run.todo[0]))
+            run.settle(sampler.fingerprint(guidance != 1, n=plan.size(run.todo[0])))
             compiled = time.perf_counter()
         with Progress(args.batch, args.batch - to_make, group=group, as_json=args.json) as progress:
 
@@ -272,12 +271,7 @@ def share(
         if not group.first:
             return
         out = Path(args.out)
-        wanted, shown = GRID_COLUMNS * (len(kinds) or 10), []
-        for _, images in runs.shards(out, run.manifest):
-            shown.append(images)
-            if sum(map(len, shown)) >= wanted:
-                break
-        pixels = np.concatenate(shown)[:wanted]
+        pixels = first_images(out, run.manifest, GRID_COLUMNS * (len(kinds) or 10))
         draw_grid(out, pixels, plan.labels(plan.first + np.arange(len(pixels))), len(checkpoint.classes))
     report = {
         "event": "done", "run": str(out), "manifest": str(out / runs.MANIFEST), "grid": str(out / "grid.png"), "images": args.batch,
@@ -289,10 +283,36 @@ def share(
     say(report, args.json, f"{args.batch} images in {plan.count} shards in {out}{there}; a look at them in {report['grid']}")
 
 
+def configuration(
+    args: argparse.Namespace, checkpoint: Checkpoint, sampler: Sampler, kinds: list[int], guidance: float, options: dict[str, Any]
+) -> dict[str, Any]:
+    """All that decides a run's images, but for the arithmetic (`Sampler.fingerprint`), which takes a while to find out."""
+    channels, height, width = checkpoint.shape
+    return {
+        "images": args.batch, "first": args.first, "seed": args.seed, "shard_size": args.shard_size, "shape": [height, width, channels],
+        "labels": kinds or None, "classes": list(checkpoint.classes) or None, "checkpoint_sha256": checkpoint.digest,
+        "solver": args.solver, "steps": args.steps, "options": options, "guidance": guidance,
+        "dtype": args.dtype or str(sampler.dtype).removeprefix("torch."), "way": sampler.way, "micro_batch": args.micro_batch or "auto",
+        "device": model_of(sampler.device), "torch": torch.__version__, "fastdiff": __version__,
+    }  # fmt: skip
+
+
+def first_images(out: Path, manifest: runs.Manifest, wanted: int) -> np.ndarray:
+    """The first images of a complete run, uint8 [up to wanted, H, W, C]."""
+    shown: list[np.ndarray] = []
+    for _, images in runs.shards(out, manifest):
+        shown.append(images)
+        if sum(map(len, shown)) >= wanted:
+            break
+    return np.concatenate(shown)[:wanted]
+
+
 def look(args: argparse.Namespace) -> int:
     """Check a run, or collect it, or both. Exit code 1 where it is not complete and right."""
     if args.verify:
-        found = runs.verify(args.out)
+        total = runs.read_run(args.out).plan.images
+        with Progress(total, as_json=args.json, doing="check") as progress:
+            found = runs.verify(args.out, progress.move)
         report = {
             "event": "verified", "run": str(args.out), "shards": found.plan.count, "missing": list(found.missing), "altered": list(found.altered),
             "sha256": found.sha256,
@@ -309,8 +329,8 @@ def look(args: argparse.Namespace) -> int:
             return 1
     if args.collect:
         total = runs.read_run(args.out).plan.images
-        with Progress(total, as_json=args.json) as progress:
-            made = collect.collect(args.out, args.collect, lambda images: progress.move(images))
+        with Progress(total, as_json=args.json, doing="collect") as progress:
+            made = collect.collect(args.out, args.collect, progress.move)
         if args.json:
             print(json.dumps({"event": "collected", "file": str(made.path), "images": made.images, "sha256": made.sha256}))
         else:
@@ -327,7 +347,8 @@ def settings(args: argparse.Namespace, sampler: Sampler, guidance: float) -> dic
 
 
 def draw_grid(out: Path, pixels: np.ndarray, labels: np.ndarray | None, kinds: int) -> None:
-    with atomic_write(out / "grid.png") as f:
+    """grid.png, of images uint8 [n, H, W, C] with labels [n]; see `picture`."""
+    with atomic_write(out / runs.GRID) as f:
         data.grid(picture(pixels, labels, kinds), GRID_COLUMNS, scale=3).save(f, format="PNG")
 
 

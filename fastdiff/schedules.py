@@ -82,7 +82,7 @@ class Schedule:
             if values.dtype.kind not in "iuf":  # text would be taken for numbers
                 raise ValueError(f"they are {values.dtype}")
             values = values.astype(np.float64)
-        except (ValueError, OverflowError) as e:
+        except ValueError as e:
             raise ValueError(f"alphas_cumprod holds what is no number: {e}") from None
         if values.ndim != 1:
             raise ValueError(f"alphas_cumprod has shape {list(values.shape)}; give one value per timestep, [T]")

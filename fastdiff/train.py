@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import cli, data, ops
 from .checkpoint import Checkpoint, CheckpointError, read_tensors, write_tensors
 from .devices import pick_device
-from .distributed import Group, job, join, lost, one_voice, own_device
+from .distributed import Group, join, lost, one_voice, own_device
 from .files import atomic_write, make_folder
 from .noise import counter, noise_table, signed
 from .progress import Progress
@@ -40,8 +40,9 @@ from .unet import UNet, UNetConfig
 PROG = "python -m fastdiff.train"
 log = logging.getLogger("fastdiff.train")  # __name__ is "__main__" in the command
 STATE, CHECKPOINT = "state.safetensors", "checkpoint.safetensors"
-# Steps between two questions of several processes whether one of them was told to stop, which each waits for the slowest to answer.
-ASK_EVERY = 10
+# Several processes ask each other whether one of them was told to stop, which each waits for the slowest to answer: so often that torchrun, which
+# kills 30 s after its SIGTERM, leaves time to save, and after so many steps at most.
+ASK_S, ASK_STEPS = 2.0, 100
 ALONE = Group()
 
 
@@ -153,8 +154,8 @@ class Run:
         record = record | {"step": self.step, "seconds": round(self.seconds), "loss": curve, "held_out_loss": self.held_out}
         return Checkpoint(self.ema, self.schedule, self.settings.prediction, self.classes, record)
 
-    def save(self, path: Path, digest: str) -> None:
-        """Everything that `restore` needs, in one file, atomically."""
+    def save(self, path: Path, digest: str, names: tuple[str, ...] = ()) -> None:
+        """Everything that `restore` needs, in one file, atomically. names: of the processes, for `Group.restarted`."""
         tensors = {f"{part}.{k}": v for part, m in (("model", self.model), ("ema", self.ema)) for k, v in m.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{k}": v for k, v in state.items()}
@@ -162,7 +163,7 @@ class Run:
             tensors["losses"] = torch.stack(self.losses)
         about = {
             "training": 1, "settings": asdict(self.settings), "digest": digest, "step": self.step, "seconds": self.seconds,
-            "history": self.history, "held_out": self.held_out, "job": job(),
+            "history": self.history, "held_out": self.held_out, "processes": names,
         }  # fmt: skip
         write_tensors(path, tensors, about)
 
@@ -266,9 +267,8 @@ def train(
     """Train to settings.steps and return the checkpoint's path; `out` also gets the run's state, sample grids and the loss curve.
 
     as_json: lines of JSON rather than a bar, see `Progress`. group: the processes that share the work, each of which calls this alike; the first
-    one writes. One that torchrun has started again
-    goes on from the state that its job has saved. KeyboardInterrupt after Ctrl-C or SIGTERM, with the run saved. ValueError where the
-    settings, data or folder do not fit, ConnectionError where another process has ended.
+    one writes. Those that torchrun has started again go on from the state that they have saved before. KeyboardInterrupt after Ctrl-C or
+    SIGTERM, with the run saved. ValueError where the settings, data or folder do not fit, ConnectionError where another process has ended.
     """
     device, out = pick_device(device), Path(out)
     cuda = device.type == "cuda"
@@ -279,10 +279,11 @@ def train(
         raise ValueError(f"a batch of {settings.batch} is too small for {group.world} processes: each needs an example of every step")
     digest = learn.digest()
     run = Run.new(settings, dataset, device)
-    if resume or (group.attempt and (out / STATE).exists() and read_state(out / STATE)[1].get("job") == job()):
+    there = group.any(group.first and (out / STATE).exists())  # the first rank decides, lest half of them go on
+    if resume or (there and group.any(group.first and ours(out / STATE, group))):
         take_up(run, out / STATE, digest)
         log.info("go on with %s at step %d of %d", out / STATE, run.step, settings.steps)
-    elif (out / STATE).exists():
+    elif there:
         raise ValueError(f"{out} holds a training run already; add --resume to go on with it, or give another --out")
     # Nobody writes before all have looked.
     if group.any(not group.agree(fingerprint(run, digest))):
@@ -337,12 +338,23 @@ def train(
             "torch": torch.__version__,
         }
         run.checkpoint((record or {}) | about).save(out / CHECKPOINT)
-        run.save(out / STATE, digest)
+        run.save(out / STATE, digest, group.names)
         log.info("saved step %d in %s; held-out loss %s", run.step, out, run.held_out[-1][1] if run.held_out else "unknown")
 
+    ask, asked = run.step, (run.step, time.monotonic())
+
     def stop() -> bool:
-        """Whether a signal has come, to any rank. Each has its own moment, so several settle it at steps that they have in common."""
-        return group.any(bool(signals)) if run.step % ASK_EVERY == 0 or group.world == 1 else False
+        """Whether a signal has come, to any rank. Each has its own moment, so several settle it at steps that they have in common: the first one
+        says how many go before the next."""
+        nonlocal ask, asked
+        if group.world == 1:
+            return bool(signals)
+        if run.step < ask:
+            return False
+        now = time.monotonic()
+        said = group.sum(torch.tensor([bool(signals), steps_to_ask(run.step - asked[0], now - asked[1]) if group.first else 0]))
+        ask, asked = run.step + int(said[1]), (run.step, now)
+        return bool(said[0])
 
     began, before, started = time.perf_counter(), run.seconds, run.step
     with (
@@ -391,6 +403,19 @@ def train(
     if run.step < settings.steps:
         raise KeyboardInterrupt(f"stopped at step {run.step} of {settings.steps}; saved in {out}")
     return out / CHECKPOINT
+
+
+def ours(path: Path, group: Group) -> bool:
+    """Whether the state at `path` is what these processes have saved before they were started again."""
+    try:
+        return group.restarted(read_state(path)[1].get("processes"))
+    except CheckpointError:
+        return False
+
+
+def steps_to_ask(steps: int, seconds: float) -> int:
+    """How many steps are about ASK_S long, if so many took so many seconds."""
+    return max(1, min(int(ASK_S * steps / max(seconds, 1e-9)), ASK_STEPS))
 
 
 def fingerprint(run: Run, digest: str) -> Tensor:

@@ -27,6 +27,7 @@ import unicodedata
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -200,15 +201,15 @@ def mutate_json(content: bytes, limit: int, seed: int) -> bytes:
                 break
             (at, key), (other, there), what = choice.choice(places), choice.choice(places), choice.random()
             if what < 0.5:
-                at[key] = choice.choice(ODD)
+                at[key] = deepcopy(choice.choice(ODD))
             elif what < 0.6:
                 del at[key]
             elif what < 0.75:
-                at[key] = json.loads(json.dumps(other[there]))
+                at[key] = deepcopy(other[there])
             elif what < 0.85 and isinstance(at, list):
-                at.extend(at[: 1 + len(at) // 2])
+                at.extend(deepcopy(at[: 1 + len(at) // 2]))
             elif isinstance(at, dict):
-                at[choice.choice(("", "name", "kind", "shift", "timesteps", "sigma_min", "tau", "x"))] = choice.choice(ODD)
+                at[choice.choice(("", "name", "kind", "shift", "timesteps", "sigma_min", "tau", "x"))] = deepcopy(choice.choice(ODD))
             elif type(at[key]) in (int, float):
                 at[key] += choice.choice((-1, 1, 0.5, 1 << 16))
         changed = json.dumps(value).encode()
@@ -239,7 +240,8 @@ def fuzz(target: str, flags: list[str]) -> None:
     def one(content: bytes) -> None:
         run(target, content)
 
-    atheris.Setup([sys.argv[0], *given], one, **({"custom_mutator": mutate_json} if is_json else {}))
+    again = f"{sys.executable} {Path(__file__).resolve()} {target}"  # what -merge=1 hands to a shell
+    atheris.Setup([again, *given], one, **({"custom_mutator": mutate_json} if is_json else {}))
     atheris.Fuzz()
 
 

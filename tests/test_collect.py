@@ -176,7 +176,7 @@ def test_other_channels_are_no_pictures(tmp_path):
         ("file", "file is there already"),
         ("nowhere/x.npz", "there is no folder .*nowhere for x.npz"),
         ("x.zip", "x.zip is neither .npz, .npy nor .tar"),
-        ("x-%d-%d.tar", "is no name of tars; give one, or one with a single %d"),
+        ("x-%d-%d.tar", "is no name of tars, one a shard; those have a single %d"),
         ("x-%s.tar", "is no name of tars"),
         ("x-%.tar", "is no name of tars"),
         ("x-%%d.tar", "is no name of tars"),

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from killing import ROOT, Process, free_port, ranks
 from fastdiff import distributed
 from fastdiff.distributed import Group, join, launched, own_device
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID")
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE")
 WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
@@ -40,7 +41,7 @@ def test_one_process_is_launched_by_nobody(monkeypatch):
 
 def test_a_group_of_one_answers_at_once():
     with join() as group:
-        assert (group.rank, group.world, group.local, group.attempt, group.first) == (0, 1, 0, 0, True)
+        assert (group.rank, group.world, group.local, group.names, group.first) == (0, 1, 0, (), True)
         group.barrier()
         values = torch.tensor([1, 2])
         assert group.sum(values).tolist() == [1, 2]
@@ -63,7 +64,6 @@ def test_a_group_of_one_answers_at_once():
         ("MASTER_PORT", None, "the environment variable MASTER_PORT is ''"),
         ("MASTER_PORT", "70000", "port"),
         ("MASTER_ADDR", None, "MASTER_ADDR"),
-        ("TORCHELASTIC_RESTART_COUNT", "x", "the environment variable TORCHELASTIC_RESTART_COUNT is 'x'"),
     ],
 )
 def test_variables_that_make_no_sense_are_one_line(monkeypatch, name, value, text):
@@ -75,10 +75,31 @@ def test_variables_that_make_no_sense_are_one_line(monkeypatch, name, value, tex
     assert "\n" not in str(caught.value)
 
 
-def test_a_number_of_restarts_of_a_group_of_one(monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "3")
-    with join() as group:
-        assert group.attempt == 3
+def test_who_was_started_again_by_the_same_torchrun():
+    def restarted(before, now):
+        return Group(names=tuple(now)).restarted(before)
+
+    assert restarted(["a X", "b X"], ["c X", "d X"])
+    assert restarted(["a X", "b Y"], ["c Z", "d Y", "e Z"])  # of its machines, one is left
+    assert not restarted(["a X", "b X"], ["c Y", "d Y"])
+    assert not restarted(["a X", "b X"], ["a X", "b X"])  # the same processes, for a second time
+    assert not restarted(["a", "b"], ["c", "d"])  # by no torchrun
+    assert not restarted([], ["a X"])
+    assert not any(Group(names=("a X",)).restarted(odd) for odd in (None, "b X", [1], [["b X"]], {"b X": 1}))
+
+
+def test_a_torchrun_is_known_by_the_folder_of_its_logs(monkeypatch):
+    def names(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+        with join() as group:
+            return group.names
+
+    first = names(RUN_ID="7", ERROR_FILE="/tmp/x/7_a/attempt_0/0/error.json")
+    for file, same in (("/tmp/x/7_a/attempt_1/0/error.json", True), ("/tmp/x/7_b/attempt_1/0/error.json", False), ("", False)):
+        assert Group(names=names(ERROR_FILE=file)).restarted(list(first)) is same
+    assert Group(names=names(ERROR_FILE="")).restarted(list(names(ERROR_FILE="")))  # without logs, by its number
+    assert "/" not in first[0]
 
 
 def test_what_backends_say_is_one_line_and_other_errors_stay():
@@ -108,7 +129,7 @@ def talk():
         group.barrier()
         mine = torch.tensor([group.rank, 1.0])
         found = {
-            "who": [group.rank, group.world, group.local, group.attempt],
+            "who": [group.rank, group.world, group.local, len(group.names)],
             "sum": group.sum(mine).tolist(),
             "mine": mine.tolist(),
             "any": [group.any(group.rank == 1), group.any(False)],
@@ -120,17 +141,125 @@ def talk():
 
 
 def test_three_ranks_agree(tmp_path):
-    processes = ranks(talk, 3, tmp_path, {"TORCHELASTIC_RESTART_COUNT": "2"})
+    processes = ranks(talk, 3, tmp_path)
     assert [p.wait() for p in processes] == [0, 0, 0], processes[0].said()
     said = [json.loads(p.said()) for p in processes]
     for rank, found in enumerate(said):
-        assert found["who"] == [rank, 3, rank, 2]
+        assert found["who"] == [rank, 3, rank, 3]
         assert found["sum"] == [3, 3]
         assert found["mine"] == [rank, 1]  # not summed in place
         assert found["any"] == [True, False]
         assert found["agree"] == [True, rank == 0]
         assert found["all"] == 3
     assert sorted(found["added"] for found in said) == [1, 2, 3]
+
+
+def torchruns():
+    """A store as torchrun keeps one, and the variables of those that are to meet in it."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return store, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
+def late(seconds):
+    time.sleep(seconds)
+    talk()
+
+
+def test_ranks_meet_in_a_store_that_holds_what_earlier_ones_have_left(tmp_path):
+    """torchrun's, where a machine has come or gone: each counts its restarts for itself."""
+    store, env = torchruns()
+    store.set("fastdiff/hello/1", "dead 1")  # of a start that was broken off
+    store.set("fastdiff/names", '["dead 0", "dead 1"]')
+    for counts, waits in ((("0", "1"), (0, 0.3)), (("3", "0"), (0.3, 0))):
+        processes = [
+            Process(
+                functools.partial(late, wait),
+                tmp_path / f"log-{counts[0]}-{rank}",
+                env=env | {"RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": count},
+            )
+            for rank, (count, wait) in enumerate(zip(counts, waits, strict=True))
+        ]
+        assert [p.wait(20) for p in processes] == [0, 0], [p.said() for p in processes]
+        said = [json.loads(p.said()) for p in processes]
+        assert sorted(found["added"] for found in said) == [1, 2]
+        assert [found["all"] for found in said] == [2, 2]
+
+
+def impatient():
+    distributed.MEETING = timedelta(seconds=1)
+    with join():
+        pass
+
+
+def test_a_rank_that_does_not_come_is_one_line(tmp_path):
+    store, env = torchruns()
+    processes = ranks(impatient, 2, tmp_path, env | {"WORLD_SIZE": "3"})
+    for process in processes:
+        assert process.wait(20) == 2
+        assert process.said().splitlines()[-1] == (
+            "python -m fastdiff.sample: no meeting with the other processes at 127.0.0.1, "
+            f"port {store.port}: not all of the 3 came within 1 s"
+        )
+
+
+def wait_long(where, file):
+    file.write_text("")
+    with join() as group, distributed.one_voice(group):
+        group.barrier()
+        file.write_text("in the group")
+        if group.first:
+            time.sleep(60)
+        elif where == "barrier":
+            group.barrier()
+        else:
+            group.agree(torch.ones(1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("where", ["barrier", "agree", "host", "meeting"])
+def test_a_rank_that_waits_for_others_heeds_signals(tmp_path, where, number):
+    """In the fork of a fork server, whose handler of Ctrl-C is that of any Python, and which ends without a shutdown of the interpreter: gloo's
+    threads would abort that."""
+    file, world = tmp_path / "there", 2
+    work = functools.partial(wait_long, where, file)
+    if where in ("barrier", "agree"):
+        processes = ranks(work, world, tmp_path)
+    else:
+        env = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        if where == "meeting":
+            _store, there = torchruns()
+            env |= there
+        processes = [Process(work, tmp_path / "log", env=env)]
+    waiting = processes[-1]
+    end = time.monotonic() + 30
+    while not (file.exists() and (len(processes) == 1 or file.read_text())):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    time.sleep(0.3)
+    waiting.signal(number)
+    try:
+        assert waiting.wait(2) == (130 if len(processes) == 2 else -number)
+        assert "Traceback" not in waiting.said()
+    finally:
+        processes[0].signal(signal.SIGKILL)
+
+
+def fail(error):
+    with join() as group, distributed.one_voice(group):
+        group.barrier()
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [(MemoryError(), 2, "out of memory"), (torch.OutOfMemoryError("CUDA"), 2, "out of memory"), (RuntimeError("a fault"), 1, "a fault")],
+)
+def test_one_rank_speaks_for_all(tmp_path, error, code, text):
+    _store, env = torchruns()
+    processes = ranks(functools.partial(fail, error), 2, tmp_path, env)
+    assert [p.wait(20) for p in processes] == [code, 2]
+    assert text in processes[0].said()
+    assert processes[1].said() == ""
 
 
 def die(victim, what):
@@ -159,15 +288,9 @@ def test_a_rank_that_dies_is_a_connection_error_of_the_others(tmp_path, victim, 
             assert "Traceback" not in process.said()
 
 
-def unreachable():
-    distributed.MEETING = timedelta(seconds=1)
-    with join():
-        pass
-
-
 def test_a_host_that_is_not_there_is_one_line(tmp_path):
     env = WHOLE | {"RANK": "1", "MASTER_ADDR": "host.invalid"}
-    process = Process(unreachable, tmp_path / "log", env=env)
+    process = Process(impatient, tmp_path / "log", env=env)
     assert process.wait() == 2
     last = process.said().splitlines()[-1]
     assert last.startswith("python -m fastdiff.sample: no meeting with the other processes at host.invalid, port 29500: ")
@@ -181,11 +304,12 @@ with distributed.join() as group:
     group.barrier()
     group.add("taken", 1)
     group.barrier()
-    if group.attempt == 0:
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if attempt == 0:
         if group.rank == 1:
             os.kill(os.getpid(), 9)
         group.barrier()
-    print(f"attempt {group.attempt}, taken {group.add('taken', 0)}, job {distributed.job()!r}", flush=True)
+    print(f"attempt {attempt}, taken {group.add('taken', 0)}", flush=True)
 """
 
 
@@ -204,7 +328,4 @@ def test_counters_begin_at_0_again_when_torchrun_restarts_its_processes(tmp_path
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) == 2
-    assert all(line.startswith("attempt 1, taken 2, job ") for line in lines), lines
-    assert lines[0] == lines[1]
+    assert done.stdout.splitlines() == ["attempt 1, taken 2"] * 2

@@ -397,15 +397,27 @@ def test_what_killed_writers_left_is_removed_and_other_files_stay(tmp_path):
     tmp_path.joinpath("notes.txt").write_text("keep me")
     tmp_path.joinpath(".shard-000001.npz.123.part").write_text("half")
     tmp_path.joinpath(".manifest.json.123.part").write_text("half")
+    others = [
+        ".movie.mkv.part",
+        ".project.backup.part/thesis.tex",
+        ".shard-000001.npz.part",
+        ".all.tar.123.part",
+        "a.npz.1.part",
+        "notes.txt",
+    ]
+    for name in others:
+        tmp_path.joinpath(name).parent.mkdir(exist_ok=True)
+        tmp_path.joinpath(name).write_text("keep me")
     make(tmp_path)
-    assert sorted(contents(tmp_path)) == ["manifest.json", "notes.txt", *(f"shard-{k:06}.npz" for k in range(4))]
+    there = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock")
+    assert there == sorted(["manifest.json", *others, *(f"shard-{k:06}.npz" for k in range(4))])
 
 
 def test_another_configuration_is_refused_by_name(tmp_path):
     make(tmp_path, steps=10, options={"eta": 1})
     before = contents(tmp_path)
     for about, text in (
-        ({"steps": 20, "options": {"eta": 1}}, "holds a run with steps 10, not 20; give the same again, or another --out"),
+        ({"steps": 20, "options": {"eta": 1}}, "holds a run with steps 10, not 20; give the same again (--steps), or another --out"),
         ({"steps": 10, "options": {}}, 'options {"eta": 1}, not {}'),
         ({"steps": 10}, 'options {"eta": 1}, not null'),
         ({"steps": 10, "options": {"eta": 1}, "new": "x" * 200}, "new null, not xxx"),
@@ -511,7 +523,46 @@ def test_a_shard_is_on_the_disk_before_its_record_is(tmp_path, monkeypatch):
     make(tmp_path / "run", images=6)
     written = [[f"flush .{name}.part", f"name {name}", "flush run"] for name in ("manifest.json", "shard-000000.npz", "shard-000001.npz")]
     record = ["flush .journal-0.jsonl"]
-    assert events == [*written[0], *written[1], *record, "flush run", *written[2], *record, *written[0]]
+    assert events == ["flush .lock", *written[0], *written[1], *record, "flush run", *written[2], *record, *written[0]]
+
+
+def test_shards_of_other_arithmetic_are_not_mixed(tmp_path):
+    """bfloat16 on processors with other instructions, say: the configuration is the same, and what comes out is not."""
+    with runs.hold(tmp_path, config(), Group()) as run:
+        assert run.manifest.arithmetic is None
+        run.settle("0123456789abcdef")
+        run.todo = run.todo[:2]
+        run.make(draw)
+    assert runs.read_run(tmp_path).arithmetic == "0123456789abcdef"
+    before = contents(tmp_path)
+    with (
+        runs.hold(tmp_path, config(), Group()) as run,
+        pytest.raises(RunError, match=r"other bits \(arithmetic 0123456789abcdef, here fedc"),
+    ):
+        run.settle("fedcba9876543210")
+    assert {k: v for k, v in contents(tmp_path).items() if "shard" in k} == {k: v for k, v in before.items() if "shard" in k}
+    with runs.hold(tmp_path, config(), Group()) as run:
+        run.settle("0123456789abcdef")
+        run.make(draw)
+        run.finish()
+    assert runs.verify(tmp_path).right
+
+
+def test_a_folder_in_a_shards_place_is_named(tmp_path):
+    (tmp_path / "shard-000002.npz").mkdir()
+    (tmp_path / "manifest.json").write_text(runs.Manifest(config()).text())
+    with pytest.raises(RunError, match=r"shard-000002.npz is a folder, where a shard is to be; move it away"):
+        make(tmp_path)
+
+
+def test_what_is_there_is_counted_as_it_is_checked(tmp_path):
+    make(tmp_path)
+    seen = []
+    with runs.hold(tmp_path, config(), Group(), seen.append):
+        assert seen == [runs.Manifest(config()).plan.size(k) for k in range(4)]
+    seen.clear()
+    runs.verify(tmp_path, seen.append)
+    assert sum(seen) == runs.Manifest(config()).plan.images
 
 
 def test_a_run_whose_end_finds_shards_missing_says_so(tmp_path):
@@ -731,7 +782,7 @@ def test_another_command_is_refused_by_what_differs(finished, capsys, more, text
     assert run([*flags, *more]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert f"{folder} holds a run with {text}; give the same again, or another --out" in err
+    assert f"{folder} holds a run with {text}; give the same again (--" in err
     assert contents(folder) == before
 
 
