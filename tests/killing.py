@@ -120,7 +120,7 @@ def ranks(work: list[str] | Callable[[], object], world: int, folder: Path, env:
 @functools.cache
 def _forks():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastdiff.sample", "torch._dynamo"])  # the second is what a first Embedding on the meta device imports
+    context.set_forkserver_preload(["fastdiff.sample"])
     return context
 
 

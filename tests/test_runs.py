@@ -710,6 +710,44 @@ def test_a_signal_ends_it_in_order(slow, tmp_path, number):
     assert contents(out) == wanted
 
 
+def test_a_signal_to_all_ranks_ends_them_in_order(slow, tmp_path):
+    flags, wanted = slow
+    out = tmp_path / "run"
+    processes = ranks([*flags, "--out", str(out)], 2, tmp_path)
+    assert wait_for(shards_there(out, 2), processes[0])
+    for process in processes:
+        process.signal(signal.SIGTERM)
+    assert [process.wait() for process in processes] == [130, 130], [process.said() for process in processes]
+    said = "".join(process.said() for process in processes)
+    assert len(re.findall("interrupted; .* the same command goes on from there", said)) == 1
+    assert "Traceback" not in said and "terminate called" not in said
+    assert Process([*flags, "--out", str(out)], tmp_path / "again").wait() == 0
+    assert contents(out) == wanted
+
+
+def slow_to_warm_up(flags):
+    sample.Sampler.warmup = lambda self, *_, **__: time.sleep(60)
+    return sample.main(flags)
+
+
+def test_a_signal_while_the_network_is_compiled(calm, tmp_path):
+    flags, _ = calm
+    out = tmp_path / "run"
+    process = Process(functools.partial(slow_to_warm_up, [*flags, "--out", str(out)]), tmp_path / "log")
+    assert wait_for((out / "manifest.json").exists, process)
+    time.sleep(0.2)
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 130
+    assert f"interrupted; 0 of 20 shards are in {out}; the same command goes on from there" in process.said()
+
+
+def test_two_collections_into_one_file_are_both_whole(finished, tmp_path):
+    _, folder = finished
+    both = [Process(["--out", str(folder), "--collect", str(tmp_path / "all.tar")], tmp_path / f"log-{i}") for i in range(2)]
+    assert [process.wait() for process in both] == [0, 0], [process.said() for process in both]
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith((".", "all"))] == ["all.tar"]
+
+
 def small_files(flags, limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     return sample.main(flags)
