@@ -29,9 +29,9 @@ ASSETS = Path(__file__).parent / "assets"
 # What is read. Nothing is allocated for what a file says of itself before it has been compared with these and with the file's size.
 MAX_FILE = 4 << 30  # bytes
 MAX_HEADER = 16 << 20  # bytes; also of a JSON file
-MAX_VALUES = 1 << 20  # of JSON: commas and brackets. Python takes up to some 200 bytes for each.
+MAX_VALUES = 1 << 18  # of JSON: commas and brackets. Python takes up to some 200 bytes and 6 microseconds for each.
 MAX_DEPTH = 32
-MAX_TENSORS = 1 << 16
+MAX_TENSORS = 1 << 14
 MAX_DIMENSIONS = 8
 # What tensors may be, by safetensors' names.
 DTYPES = {
@@ -96,8 +96,8 @@ def load(source: str | os.PathLike[str]) -> Checkpoint:
 
     CheckpointError, a ValueError, where there is none, or it is truncated, foreign, pickled or of another format version. Nothing is unpickled.
 
-    It is refused before it is read where it is larger than 4 GiB, its header than 16 MiB, or there are more than 2^20 values or 32 levels of JSON,
-    2^16 tensors, or a network or schedule past the limits of `UNetConfig` and `Schedule`. Memory: at most 6 times the file's size, for fp16 becomes
+    It is refused before it is read where it is larger than 4 GiB, its header than 16 MiB, or there are more than 2^18 values or 32 levels of JSON,
+    2^14 tensors, or a network or schedule past the limits of `UNetConfig` and `Schedule`. Memory: at most 6 times the file's size, for fp16 becomes
     fp32, and 512 MiB.
     """
     path = Path(source)

@@ -243,10 +243,10 @@ def test_a_folder_with_a_corrupt_image(tmp_path):
 def test_what_a_kill_between_two_writes_left_undone_is_made_on_resume(unbroken, tmp_path):
     stopped = KeyboardInterrupt("as if killed")
 
-    def dies(self, path, digest):
+    def dies(self, path, *about):
         if self.step == SETTINGS.steps:
             raise stopped
-        original(self, path, digest)
+        original(self, path, *about)
 
     original = Run.save
     with pytest.MonkeyPatch.context() as patch:
