@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from .data import MAX_NAME, odd_name, one_line, open_regular, read_regular
-from .files import atomic_write
+from .data import MAX_NAME, odd_name, one_line
+from .files import atomic_write, open_regular, read_regular
 from .sampler import Sampler
 from .schedules import Schedule
 from .solvers import PREDICTIONS

@@ -24,7 +24,7 @@ from . import cli, data
 from .checkpoint import CheckpointError, fill, read_tensors, write_tensors
 from .devices import pick_device
 from .files import make_folder
-from .sampler import calm_bar
+from .progress import calm_bar
 from .unet import MAX_SIZE
 
 PROG = "python -m fastdiff.classifier"

@@ -8,7 +8,6 @@ import io
 import json
 import math
 import os
-import stat
 import unicodedata
 import warnings
 import zipfile
@@ -20,6 +19,8 @@ from typing import IO
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+
+from .files import open_regular, read_regular
 
 ASSETS = Path(__file__).parent / "assets"
 MAX_BYTES = 8 << 30  # decoded, one array
@@ -68,26 +69,6 @@ def odd_name(names: Iterable[str]) -> str | None:
         if unshowable(name) is not None:
             return f"the class name {name!r} has a control character or half a character in it; name it in plain text"
     return None
-
-
-def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
-    """A file, opened to read bytes. OSError for what is none: a device would never end, and a FIFO waits for its other end."""
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    number = os.open(path, flags)
-    if not stat.S_ISREG(os.fstat(number).st_mode):
-        os.close(number)
-        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
-    return os.fdopen(number, "rb")
-
-
-def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
-    """A file's bytes. OSError for one of more than `limit`, before it is read, and for what is no regular file."""
-    with open_regular(path) as stream:
-        size = os.fstat(stream.fileno()).st_size
-        content = stream.read(size + 1) if size <= limit else b""
-        if size > limit or len(content) > size:  # too many, or still growing
-            raise OSError(errno.EFBIG, f"{max(size, len(content))} bytes, more than the {limit} allowed", os.fspath(path))
-        return content
 
 
 class DataError(ValueError):

@@ -18,7 +18,8 @@ from . import data, noise
 from .checkpoint import Checkpoint
 from .data import Dataset
 from .likelihood import dequantised, log_likelihood, variational_bound
-from .sampler import Bar, _evaluating, _share, _threads, calm_bar
+from .progress import calm_bar
+from .sampler import Bar, _evaluating, _share, _threads
 from .schedules import whole
 
 # Images in a job: few enough for two cores to end at the same time, and enough to fill the network's matrices. The bound has many evaluations of each.

@@ -31,7 +31,7 @@ from .checkpoint import Checkpoint, load
 from .devices import pick_device
 from .files import atomic_write, make_folder
 from .metrics import Estimate
-from .sampler import calm_bar
+from .progress import calm_bar
 
 PROG = "python -m fastdiff.evaluate"
 SOLVER, STEPS, GUIDANCE = "unipc", 10, 2.0

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from . import noise, toy
 from .files import atomic_write, make_folder
 from .pictures import INK, LINE, MUTED, PAPER, Bar, Made
-from .sampler import calm_bar
+from .progress import calm_bar
 from .toy import SCHEDULE, Toy
 
 LACKING = "pictures of the field need matplotlib, the extra `plot`: pip install 'fastdiff-torch[plot]'"

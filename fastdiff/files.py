@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,6 +81,26 @@ def _runs(process: int) -> bool:
     except OSError:
         pass
     return True
+
+
+def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
+    """A file, opened to read bytes. OSError for what is none: a device would never end, and a FIFO waits for its other end."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    number = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return os.fdopen(number, "rb")
+
+
+def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
+    """A file's bytes. OSError for one of more than `limit`, before it is read, and for what is no regular file."""
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        content = stream.read(size + 1) if size <= limit else b""
+        if size > limit or len(content) > size:  # too many, or still growing
+            raise OSError(errno.EFBIG, f"{max(size, len(content))} bytes, more than the {limit} allowed", os.fspath(path))
+        return content
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:

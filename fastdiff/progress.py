@@ -21,6 +21,11 @@ EVERY_S, POINTS = 10.0, 100
 TELL_S = 1.0  # between what a rank tells the others
 
 
+def calm_bar() -> dict[str, float]:
+    """Settings of a progress bar: in a log file, where each new state stays, one in two seconds is enough."""
+    return {} if sys.stderr.isatty() else {"mininterval": 2.0}
+
+
 class _Bar(tqdm):  # type: ignore[misc]
     """A bar that is told the rate."""
 
@@ -63,7 +68,7 @@ class Progress:
         self.more: dict[str, Any] = {}  # what else a line of JSON says
         self.lock = threading.Lock()  # micro-batches report from threads of their own
         self.doing = doing
-        settings: dict[str, Any] = {} if sys.stderr.isatty() else {"mininterval": 2.0}
+        settings: dict[str, Any] = calm_bar()
         if doing != "progress":  # what is done with images that are there is mostly done at once
             settings |= {"desc": doing, "delay": 2.0}
         self.bar = _Bar(total=total, initial=done, unit=unit.removesuffix("s"), disable=as_json or not self.shown, smoothing=0, **settings)

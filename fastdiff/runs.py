@@ -31,9 +31,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .data import read_regular
 from .distributed import Group
-from .files import atomic_write, flush_folder, make_folder, remove_parts
+from .files import atomic_write, flush_folder, make_folder, read_regular, remove_parts
 
 FORMAT = 1
 MANIFEST, LOCK, GRID = "manifest.json", ".lock", "grid.png"

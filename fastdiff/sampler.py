@@ -26,6 +26,7 @@ from . import fused, noise, ops, rewrite, solvers, tuned, ways
 from .devices import pick_device
 from .loop import BUILDING, CHUNK, Engine, Guide, Kind, Loop, Network, State, answered
 from .noise import column64, signed
+from .progress import calm_bar
 from .schedules import Schedule, whole
 from .unet import UNet
 
@@ -899,11 +900,6 @@ def _tensor(values: Any, name: str) -> Tensor:
         return torch.as_tensor(values).cpu()
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name} is {values!r}; give a number, or one per image") from None
-
-
-def calm_bar() -> dict[str, float]:
-    """Settings of a progress bar: in a log file, where each new state stays, one in two seconds is enough."""
-    return {} if sys.stderr.isatty() else {"mininterval": 2.0}
 
 
 # What torch.get_num_threads() was before those who now hold it at 1. It is a setting of the thread that makes it and of all that start later,

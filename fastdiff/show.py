@@ -12,7 +12,7 @@ from tqdm import tqdm
 from . import cli, field, gallery, solvers, tour
 from .checkpoint import Checkpoint, load
 from .pictures import Bar, Made
-from .sampler import calm_bar
+from .progress import calm_bar
 
 PROG = "python -m fastdiff.show"
 # Kind: one line, what it shows, and the options of its own, beside those that all have.

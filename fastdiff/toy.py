@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import noise
-from .sampler import Bar, Sampler, _one_thread, calm_bar
+from .progress import calm_bar
+from .sampler import Bar, Sampler, _one_thread
 from .schedules import Schedule
 
 # Of one point of the plane.

@@ -31,7 +31,7 @@ from . import cli, data, ops
 from .checkpoint import Checkpoint, CheckpointError, read_tensors, write_tensors
 from .devices import pick_device
 from .distributed import Group, join, lost, one_voice, own_device
-from .files import atomic_write, make_folder
+from .files import atomic_write, make_folder, remove_parts
 from .noise import counter, noise_table, signed
 from .progress import Progress
 from .schedules import Schedule
@@ -40,6 +40,7 @@ from .unet import UNet, UNetConfig
 PROG = "python -m fastdiff.train"
 log = logging.getLogger("fastdiff.train")  # __name__ is "__main__" in the command
 STATE, CHECKPOINT = "state.safetensors", "checkpoint.safetensors"
+PARTS = r"(?:state|checkpoint)\.safetensors|loss\.png|samples-\d+\.png"  # what is written by way of a part, as a regular expression
 # Several processes ask each other whether one of them was told to stop, which each waits for the slowest to answer: so often that torchrun, which
 # kills 30 s after its SIGTERM, leaves time to save, and after so many steps at most.
 ASK_S, ASK_STEPS = 2.0, 100
@@ -290,10 +291,7 @@ def train(
         raise ValueError(f"the processes see different data, settings or states; each needs the same --data and the same {out}")
     if group.first:
         make_folder(out)
-        for name in (STATE, CHECKPOINT, "loss.png", "samples-*.png"):  # left by a run that was killed while it wrote
-            for part in out.glob(f".{name}.*.part"):
-                part.unlink()
-                log.debug("removed %s", part)
+        remove_parts(out, PARTS)
 
     first, end = (settings.batch * r // group.world for r in (group.rank, group.rank + 1))
     pool = Pool.of(learn, settings.balance, device)

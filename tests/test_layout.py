@@ -13,7 +13,8 @@ PACKAGE = ROOT / "fastdiff"
 
 # A module may import those of the lines above its own, and what its line names of its own.
 LAYERS = [
-    {"schedules", "reference", "files", "data", "unet", "version", "cli", "devices", "winograd", "tuned", "ideal", "metrics"},
+    {"files"},
+    {"schedules", "reference", "data", "unet", "version", "cli", "devices", "winograd", "tuned", "ideal", "metrics"},
     {"distributed", "unet2d", "solvers", "library", "ways", "pictures"},
     {"ops", "progress", "runs"},
     {"noise", "fused", "rewrite", "collect"},
