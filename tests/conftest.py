@@ -1,10 +1,14 @@
 """Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before any kernel is decorated."""
 
 import os
+import signal
 
 # The networks of the tests are too small to share, and OpenMP's waiting threads fight with whatever else runs. What is said of threads is
 # tested with numbers of its own. Before torch is imported, and for the commands that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell starts what it runs in the background deaf to Ctrl-C, and commands that tests start and then interrupt would be so, too.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
@@ -16,6 +20,22 @@ if not CUDA:
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="kill a hundred runs rather than a few; nothing is left out without it")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config) -> None:
+    """The whole suite is shared by all cores where pytest-xdist is installed, file by file; tests that are named run in this process, as do those that
+    need the GPU for themselves. -n says otherwise."""
+    whole = config.args_source == config.ArgsSource.TESTPATHS and not (CUDA or config.option.collectonly or config.option.usepdb)
+    worker = "PYTEST_XDIST_WORKER" in os.environ  # which would have workers of its own, and these again
+    if (
+        whole
+        and not worker
+        and config.pluginmanager.hasplugin("xdist")
+        and config.option.numprocesses is None
+        and config.option.dist == "no"
+    ):
+        config.option.numprocesses, config.option.dist = min(8, os.cpu_count() or 1), "loadfile"
 
 
 @pytest.fixture(scope="session", autouse=True)
