@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ops, rewrite, winograd
+from . import cpu, ops, rewrite
 from .fused import FusedUNet
 from .noise import counter
 from .reference import COLUMNS, SLOTS
@@ -72,7 +72,7 @@ class Network:
 
     def __init__(self, model: nn.Module, num_classes: int | None, compiler: Callable[[Any], Callable[..., Any]] | None) -> None:
         accelerated = rewrite.accelerated(model)
-        self.model, self.num_classes = model if accelerated else winograd.with_winograd(model), num_classes
+        self.model, self.num_classes = model if accelerated else cpu.faster(model), num_classes
         self.refresh()
         model = self.model
         parts: tuple[Any, Any] = getattr(model, "condition", None), getattr(model, "body", None)
@@ -84,7 +84,7 @@ class Network:
 
     def refresh(self) -> None:
         """Take up weights that have changed since."""
-        winograd.pack(self.model)
+        cpu.pack(self.model)
         if isinstance(self.model, FusedUNet):
             self.model.pack()
 

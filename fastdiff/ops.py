@@ -1,4 +1,5 @@
-"""The only dispatch: each operation as torch.ops.fastdiff.NAME. The body is the reference (CPU, MPS, XPU), "cuda" the kernel.
+"""The only dispatch: each operation as torch.ops.fastdiff.NAME. The body is the reference (CPU, MPS, XPU), "cuda" the kernel in Triton, "cpu" the one
+in C, where an operation has it.
 
 Arguments, shapes and results: the function of the same name in reference.py. On CUDA tensors must be contiguous, which the launcher
 asserts; results are contiguous everywhere. Nothing here has a gradient: a training batch is noised without one. The ops are opaque
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import library, reference, tuned
+from . import library, native, reference, tuned
 
 
 @custom_op("fastdiff::noise_words", mutates_args=())
@@ -165,6 +166,13 @@ def _(x: Tensor, *args: Any) -> Any:
     return (library if kernel.fits(x.shape[-1], args[4]) else kernel).group_norm_silu(x, *args)
 
 
+@group_norm_silu.register_kernel("cpu")
+def _(x: Tensor, *args: Any) -> Any:
+    if native.covers_norm(x, args[-1]):
+        return native.group_norm_silu(x, *args)
+    return reference.group_norm_silu(x, *args).contiguous()
+
+
 @group_norm_silu.register_fake
 def _(x: Tensor, *args: Any) -> Tensor:
     return x.new_empty(x.shape, dtype=x.dtype if args[-1] is None else reference.FP8)
@@ -279,6 +287,24 @@ def _(*args: Any) -> Any:
 def _(x: Tensor, weight: Tensor, bias: Tensor, patch: int) -> Tensor:
     n, height, width, _ = x.shape
     return x.new_empty(n, weight.shape[0] // patch**2, height * patch, width * patch)
+
+
+@custom_op("fastdiff::winograd_conv3x3", mutates_args=())
+def winograd_conv3x3(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """A 3 x 3 convolution by Winograd's method, fp32 [N, C', H, W], channels-last."""
+    return reference.winograd_conv3x3(x, packed, bias)
+
+
+@winograd_conv3x3.register_kernel("cpu")
+def _(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    convolve = native.winograd_conv3x3 if native.available() else reference.winograd_conv3x3
+    return convolve(x, packed, bias)
+
+
+@winograd_conv3x3.register_fake
+def _(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    n, _, height, width = x.shape
+    return x.new_empty(n, packed.shape[2], height, width).to(memory_format=torch.channels_last)
 
 
 def has_kernels(device: torch.device) -> bool:

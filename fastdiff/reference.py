@@ -326,6 +326,49 @@ def up_weight(weight: Tensor) -> Tensor:
     return weight.contiguous()
 
 
+# Winograd's method for 4 x 4 results of a 3 x 3 convolution: Lavin & Gray 2016, section 4.3.
+WINOGRAD_BT = [
+    [4, 0, -5, 0, 1, 0],
+    [0, -4, -4, 1, 1, 0],
+    [0, 4, -4, -1, 1, 0],
+    [0, -2, -1, 2, 1, 0],
+    [0, 2, -1, -2, 1, 0],
+    [0, 4, 0, -5, 0, 1],
+]
+WINOGRAD_G = [
+    [1 / 4, 0, 0],
+    [-1 / 6, -1 / 6, -1 / 6],
+    [-1 / 6, 1 / 6, -1 / 6],
+    [1 / 24, 1 / 12, 1 / 6],
+    [1 / 24, -1 / 12, 1 / 6],
+    [0, 0, 1],
+]
+WINOGRAD_AT = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
+
+
+def winograd_weight(weight: Tensor) -> Tensor:
+    """G w G^T of a 3 x 3 convolution's weight [C', C, 3, 3]: fp32 [36, C, C']."""
+    g = torch.tensor(WINOGRAD_G, dtype=torch.float64, device=weight.device)
+    return torch.einsum("ia,jb,ocab->ijco", g, g, weight.double()).reshape(36, *weight.shape[1::-1]).float().contiguous()
+
+
+def winograd_conv3x3(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """A 3 x 3 convolution within a border of zeros by Winograd's method: A^T [(G w G^T) * (B^T x B)] A, each 4 x 4 of its results from 6 x 6 pixels.
+
+    x: fp32 [N, C, H, W], H and W multiples of 4. packed: `winograd_weight`. bias: fp32 [C'] or None. Returns fp32 [N, C', H, W], channels-last. A
+    quarter of the direct convolution's multiplications, and some ten times its error: 1e-5 of the largest value.
+    """
+    (n, c, h, w), out = x.shape, packed.shape[2]
+    tiles = h * w // 16
+    bt, at = torch.tensor(WINOGRAD_BT).to(x), torch.tensor(WINOGRAD_AT).to(x)
+    pixels = F.unfold(x, 6, padding=1, stride=4).view(n, c, 6, 6, tiles)
+    places = torch.einsum("ip,jq,ncpqt->ijntc", bt, bt, pixels).reshape(36, n * tiles, c)
+    made = torch.bmm(places, packed).view(6, 6, n, tiles, out)
+    y = F.fold(torch.einsum("pi,qj,ijnto->nopqt", at, at, made).reshape(n, 16 * out, tiles), (h, w), 4, stride=4)
+    y = y if bias is None else y + bias[:, None, None]
+    return y.contiguous(memory_format=torch.channels_last)
+
+
 def fold(x: Tensor, patch: int) -> Tensor:
     """F.pixel_unshuffle, [N, C, H, W] -> [N, C patch^2, H / patch, W / patch], for no images too, which that leaves as they are."""
     n, channels, height, width = x.shape

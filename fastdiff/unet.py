@@ -92,8 +92,19 @@ def embedding(rows: int, size: int) -> nn.Embedding:
     return nn.Embedding(rows, size, _weight=weight if weight.is_meta else nn.init.normal_(weight))
 
 
+def norm_silu(norm: nn.GroupNorm, x: Tensor, style: Tensor | None = None) -> Tensor:
+    """silu(norm(x) (1 + scale) + shift) of x [N, C, H, W] and style [N, 2 C], scale then shift, or None for neither."""
+    h: Tensor = norm(x)
+    if style is not None:
+        scale, shift = style[:, :, None, None].chunk(2, dim=1)
+        h = torch.addcmul(shift, h, 1 + scale)
+    return F.silu(h)
+
+
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))) * (1 + scale) + shift)): scale and shift say which timestep and class it is."""
+    """x + conv(silu(norm(conv(silu(norm(x)))) * (1 + scale) + shift)): scale and shift, the style, say which timestep and class it is."""
+
+    norm_silu = staticmethod(norm_silu)  # `cpu` has another
 
     def __init__(self, c_in: int, c_out: int, group: int) -> None:
         super().__init__()
@@ -105,10 +116,9 @@ class ResBlock(nn.Module):
         # Zero: every block starts as its skip alone (Goyal et al. 2017), and the network as zero.
         nn.init.zeros_(self.conv2.weight)
 
-    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))  # [N, c_out, H, W]
-        h = torch.addcmul(shift[:, :, None, None], self.norm2(h), 1 + scale[:, :, None, None])
-        out: Tensor = self.skip(x) + self.conv2(F.silu(h))
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        h = self.conv1(self.norm_silu(self.norm1, x))  # [N, c_out, H, W]
+        out: Tensor = self.skip(x) + self.conv2(self.norm_silu(self.norm2, h, style))
         return out
 
 
@@ -119,6 +129,8 @@ class UNet(nn.Module):
     ("any class"), which guidance needs; None means the null class for all. Everything that depends on timestep and class alone is
     `condition(t, labels)`, [N, K], so a sampler may compute it once for all rows and call `body(x, condition)`.
     """
+
+    norm_silu = staticmethod(norm_silu)
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -155,22 +167,22 @@ class UNet(nn.Module):
     def body(self, x: Tensor, condition: Tensor) -> Tensor:
         """[N, C, H, W] and [N, K] -> [N, C, H, W], contiguous."""
         blocks = self.config.blocks
-        styles = iter([s.chunk(2, dim=1) for s in torch.split(condition, self.sizes, dim=1)])
+        styles = iter(torch.split(condition, self.sizes, dim=1))
         x = F.pixel_unshuffle(x, self.config.patch).contiguous(memory_format=torch.channels_last)
         h = self.stem(x)
         skips = []
         for i, block in enumerate(self.down):
             if i and i % blocks == 0:
                 h = self.shrink[i // blocks - 1](h)
-            h = block(h, *next(styles))
+            h = block(h, next(styles))
             skips.append(h)
         for block in self.middle:
-            h = block(h, *next(styles))
+            h = block(h, next(styles))
         for i, block in enumerate(self.up):
             if i and i % blocks == 0:
                 h = self.grow[i // blocks - 1](F.interpolate(h, scale_factor=2.0, mode="nearest"))
-            h = block(torch.cat([h, skips.pop()], dim=1), *next(styles))
-        return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.config.patch).contiguous()
+            h = block(torch.cat([h, skips.pop()], dim=1), next(styles))
+        return F.pixel_shuffle(self.head(self.norm_silu(self.norm, h)), self.config.patch).contiguous()
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.body(x, self.condition(t, labels))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .unet import MAX_BLOCKS, MAX_SIZE, embedding
+from .unet import MAX_BLOCKS, MAX_SIZE, embedding, norm_silu
 
 # What a setting has to be, where UNet2DModel knows more than is computed here.
 ONLY: dict[str, tuple[Any, ...]] = {
@@ -160,6 +160,8 @@ class UNet2DConfig:
 class Resnet(nn.Module):
     """skip(x) + conv2(silu(norm2(conv1(silu(norm1(x))) + style))), or, with scale_shift, the style a scale and shift of norm2's result."""
 
+    norm_silu = staticmethod(norm_silu)
+
     def __init__(self, c_in: int, c_out: int, temb: int, config: UNet2DConfig, factor: float = 1.0) -> None:
         super().__init__()
         groups, self.scaled, self.factor = config.norm_num_groups, config.resnet_time_scale_shift == "scale_shift", factor
@@ -172,14 +174,9 @@ class Resnet(nn.Module):
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        style = style[:, :, None, None]
-        if self.scaled:
-            scale, shift = style.chunk(2, dim=1)
-            h = self.norm2(h) * (1 + scale) + shift
-        else:
-            h = self.norm2(h + style)
-        h = self.conv2(F.silu(h))
+        h = self.conv1(self.norm_silu(self.norm1, x))
+        h = self.norm_silu(self.norm2, h, style) if self.scaled else self.norm_silu(self.norm2, h + style[:, :, None, None])
+        h = self.conv2(h)
         out: Tensor = ((self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x) + h) / self.factor
         return out
 
@@ -239,6 +236,8 @@ class UNet2D(nn.Module):
     x: [N, C, H, W]. t: timesteps, [N] or one for all, any number type. labels: int64 [N], or None for the last embedding, where there are
     embeddings. What depends on timestep and class alone is `condition(t, labels)`, [N, K], and the rest `body(x, condition)`.
     """
+
+    norm_silu = staticmethod(norm_silu)
 
     def __init__(self, config: UNet2DConfig) -> None:
         super().__init__()
@@ -332,7 +331,7 @@ class UNet2D(nn.Module):
                     h = stage.attentions[j](h)  # type: ignore[index, operator]
             if hasattr(stage, "upsamplers"):
                 h = stage.upsamplers[0](h)  # type: ignore[index, operator]
-        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(h)))
+        out: Tensor = self.conv_out(self.norm_silu(self.conv_norm_out, h))
         return out.contiguous()
 
     def forward(self, x: Tensor, t: Tensor | float, labels: Tensor | None = None) -> Tensor:

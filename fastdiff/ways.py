@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .files import atomic_write
+from .version import __version__
 
 
 def path() -> Path:
@@ -33,9 +34,9 @@ def digest(model: nn.Module) -> str:
 
 
 def key(model: nn.Module, device: torch.device, dtype: torch.dtype, rows: int) -> str:
-    """What decides the speed: the network's class and the shapes of its weights, rows, dtype, device and torch."""
+    """What decides the speed: the network's class and the shapes of its weights, rows, dtype, device, torch and fastdiff."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
-    return f"{digest(model)}, {rows} rows, {str(dtype).removeprefix('torch.')}, {name}, torch {torch.__version__}"
+    return f"{digest(model)}, {rows} rows, {str(dtype).removeprefix('torch.')}, {name}, torch {torch.__version__}, fastdiff {__version__}"
 
 
 def _read() -> dict[str, dict[str, float]]:

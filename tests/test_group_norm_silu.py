@@ -6,12 +6,12 @@ import torch
 from convolutions import CUDA, DEVICE, close
 from torch import nn
 
-from fastdiff import ops, reference
+from fastdiff import native, ops, reference
 from fastdiff.kernels import group_norm_silu as kernels
 
 # The interpreter truncates fp32 to bf16 where the device rounds.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
-RUNS = [kernels.group_norm_silu, ops.group_norm_silu] if CUDA else [kernels.group_norm_silu]
+RUNS = {"triton": kernels.group_norm_silu, **({"op": ops.group_norm_silu} if CUDA else {"c": native.group_norm_silu})}
 # One image in one program, in several by channels, in several goes over its pixels; pixels and channels that are no powers of two; groups of one.
 SHAPES = [
     ((3, 8, 8, 64), 8),
@@ -24,16 +24,28 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__module__ if hasattr(run, "__module__") else "op")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
+def covered(run, dtype, shape):
+    """In C: fp32, and vectors of 16 channels."""
+    return run != "c" or (dtype == torch.float32 and shape[-1] % native.LANES == 0)
+
+
+@pytest.mark.parametrize(
+    ("run", "dtype", "shape", "groups"),
+    [
+        pytest.param(run, dtype, shape, groups, id=f"{run}-{str(dtype).removeprefix('torch.')}-{'x'.join(map(str, shape))}-{groups}")
+        for run in RUNS
+        for dtype in DTYPES
+        for shape, groups in SHAPES
+        if covered(run, dtype, shape)
+    ],
+)
 @pytest.mark.parametrize(
     "how", [{}, {"style": True}, {"style": True, "indexed": False}, {"silu": False}], ids=["plain", "by index", "by image", "no silu"]
 )
 def test_values_are_the_references(how, shape, groups, dtype, run):
     arguments = make.group_norm_silu(shape, groups, dtype, **how)
     with make.guarded() as guards_stand:
-        got = run(*arguments)
+        got = RUNS[run](*arguments)
         guards_stand()
     wanted = reference.group_norm_silu(*arguments)
     assert got.dtype == dtype and got.is_contiguous()
@@ -60,7 +72,7 @@ def test_a_mean_far_from_zero_costs_no_more_than_its_rounding():
     shifted = x + 1000
     exact = nn.functional.group_norm(shifted.double().permute(0, 3, 1, 2), 8, rest[0].double(), rest[1].double())
     wanted = nn.functional.silu(exact).permute(0, 2, 3, 1).float()
-    for run in (kernels.group_norm_silu, reference.group_norm_silu):
+    for run in (*RUNS.values(), reference.group_norm_silu):
         torch.testing.assert_close(run(shifted, *rest), wanted, rtol=1e-3, atol=1e-3)
 
 
@@ -76,14 +88,17 @@ def test_e4m3_is_the_references():
 
 
 def test_nothing_beside_the_arguments_is_read():
-    for shape, groups in SHAPES:
-        arguments = make.group_norm_silu(shape, groups, torch.float32)
-        close(kernels.group_norm_silu(*make.everywhere(make.between_nans, arguments)), reference.group_norm_silu(*arguments))
+    for name, run in RUNS.items():
+        for shape, groups in SHAPES:
+            if covered(name, torch.float32, shape):
+                arguments = make.group_norm_silu(shape, groups, torch.float32, style=True)
+                close(run(*make.everywhere(make.between_nans, arguments)), reference.group_norm_silu(*arguments))
 
 
 def test_no_images():
     arguments = make.group_norm_silu((0, 8, 8, 64), 8, torch.float32)
-    assert kernels.group_norm_silu(*arguments).shape == (0, 8, 8, 64)
+    for run in RUNS.values():
+        assert run(*arguments).shape == (0, 8, 8, 64)
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(60, 10), (64, 64), (12, 4), (64, 5), (96, 1)])
@@ -105,3 +120,30 @@ def test_bad_arguments_are_named():
         kernels.group_norm_silu(x, gamma.double(), *rest)
     with pytest.raises(AssertionError, match=r"style must be \[rows, 128\]"):
         kernels.group_norm_silu(x, gamma, rest[0], torch.zeros(2, 64, device=DEVICE), *rest[2:])
+
+
+@pytest.mark.skipif(CUDA, reason="of a CPU")
+def test_in_c_silu_is_right_from_end_to_end_and_nan_stays():
+    """Of one pixel a group of all channels is the numbers themselves, to a scale: from -1000 to 1000, and the ends of what fp32 can say e^x of."""
+    x = torch.cat([torch.linspace(-1000, 1000, 2000), torch.linspace(-95, 95, 2096)]).view(1, 1, 1, 4096)
+    spread = float(x.double().var(correction=0).sqrt())
+    gamma, beta = torch.full((4096,), spread), torch.zeros(4096)
+    got = native.group_norm_silu(x, gamma, beta, None, None, 1, 0.0, True, None)
+    torch.testing.assert_close(got.double(), nn.functional.silu(x.double() - x.double().mean()), rtol=3e-6, atol=1e-4)
+    near = (x.abs() < 20).double() * x.double()
+    got = native.group_norm_silu(
+        near.float(), torch.full((4096,), float(near.var(correction=0).sqrt())), beta, None, None, 1, 0.0, True, None
+    )
+    torch.testing.assert_close(got.double(), nn.functional.silu(near - near.mean()), rtol=1e-5, atol=1e-6)
+    broken = torch.ones(2, 2, 2, 32)
+    broken[1, 1, 0, 3] = torch.nan
+    got = native.group_norm_silu(broken, torch.ones(32), torch.zeros(32), None, None, 2, 1e-5, True, None)
+    assert got[0].isfinite().all() and got[1, ..., :16].isnan().all() and got[1, ..., 16:].isfinite().all()
+
+
+@pytest.mark.skipif(CUDA, reason="of a CPU")
+def test_without_c_the_op_is_its_definition(monkeypatch):
+    arguments = make.group_norm_silu((3, 8, 8, 64), 8, torch.float32, style=True)
+    assert torch.equal(ops.group_norm_silu(*arguments), native.group_norm_silu(*arguments))
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert torch.equal(ops.group_norm_silu(*arguments), reference.group_norm_silu(*arguments))

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,10 +15,10 @@ PACKAGE = ROOT / "fastdiff"
 # A module may import those of the lines above its own, and what its line names of its own.
 LAYERS = [
     {"files"},
-    {"schedules", "reference", "data", "unet", "version", "cli", "devices", "winograd", "tuned", "ideal", "metrics"},
+    {"schedules", "reference", "data", "unet", "version", "cli", "devices", "native", "tuned", "ideal", "metrics"},
     {"distributed", "unet2d", "solvers", "library", "ways", "pictures"},
     {"ops", "progress", "runs"},
-    {"noise", "fused", "rewrite", "collect"},
+    {"noise", "fused", "rewrite", "collect", "cpu"},
     {"loop"},
     {"sampler", "likelihood"},
     {"checkpoint"},
@@ -80,3 +81,20 @@ def test_public_names():
     assert all(hasattr(fastdiff, name) for name in fastdiff.__all__)
     wanted = {"load", "Sampler", "Schedule", "solvers", "add_noise", "normal", "Checkpoint"}
     assert wanted <= set(fastdiff.__all__)
+
+
+@pytest.mark.parametrize(("worker", "named"), [(False, False), (True, False), (False, True)])
+def test_the_suite_is_shared_once(worker, named, pytestconfig, monkeypatch):
+    """By workers that have none of their own, which would have workers in turn, and where no tests are named."""
+    option = SimpleNamespace(numprocesses=None, dist="no", collectonly=False, usepdb=False)
+    source = pytestconfig.ArgsSource.ARGS if named else pytestconfig.ArgsSource.TESTPATHS
+    config = SimpleNamespace(
+        option=option, args_source=source, ArgsSource=pytestconfig.ArgsSource, pluginmanager=pytestconfig.pluginmanager
+    )
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    if worker:
+        monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    own = pytestconfig.pluginmanager.get_plugin(str(Path(__file__).with_name("conftest.py")))
+    own.pytest_cmdline_main(config)
+    shared = not worker and not named and not own.CUDA and pytestconfig.pluginmanager.hasplugin("xdist")
+    assert (option.numprocesses is not None) == (option.dist == "loadfile") == shared

@@ -10,13 +10,19 @@ import pytest
 import torch
 from helpers import SMALL, small_network
 
-from fastdiff import ops, reference
+from fastdiff import native, ops, reference
 from fastdiff.fused import FusedUNet
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 SHAPE = (3, 4, 4)
 NETWORK = make.DTYPES[0]
+
+
+def winograd_arguments(n, h=8, bias=True):
+    weight = torch.randn(32, 16, 3, 3, device=DEVICE)
+    x = torch.randn(n, 16, h, 4, device=DEVICE).to(memory_format=torch.channels_last)
+    return x, reference.winograd_weight(weight), torch.randn(32, device=DEVICE) if bias else None
 
 
 def stream(n):
@@ -58,6 +64,8 @@ def scheduler_step_arguments(
 
 
 CASES = [
+    pytest.param(ops.winograd_conv3x3, lambda: winograd_arguments(3), id="winograd_conv3x3"),
+    pytest.param(ops.winograd_conv3x3, lambda: winograd_arguments(0, 4, bias=False), id="winograd_conv3x3-empty"),
     pytest.param(ops.noise_words, lambda: (*stream(3), 5), id="noise_words"),
     pytest.param(ops.normal, lambda: (*stream(3), 25), id="normal"),
     pytest.param(ops.normal, lambda: (*stream(0), 25), id="normal-empty"),
@@ -135,7 +143,8 @@ def test_a_fused_network_is_one_graph():
 
 @pytest.mark.skipif(CUDA, reason="on a GPU the op is the kernel, tested against the reference")
 @pytest.mark.parametrize(("op", "arguments"), CASES)
-def test_the_body_is_the_reference(op, arguments):
+def test_the_body_is_the_reference(op, arguments, monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: False)  # the kernels for a CPU have tests of their own
     given = arguments()
     got, wanted = ([v.clone() if isinstance(v, torch.Tensor) else v for v in given] for _ in range(2))
     results = op(*got), getattr(reference, op._opoverload._schema.name.split("::")[1])(*wanted)
