@@ -11,6 +11,7 @@ any size that 4 divides. Without a C compiler they are matrix products, too, whi
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,22 +86,51 @@ class WinogradConv2d(nn.Module):
 
 
 def _in_c(convolution: nn.Conv2d) -> bool:
+    """Of convolutions that fit otherwise."""
     channels = convolution.in_channels, convolution.out_channels
     return min(channels) >= LEAST_CHANNELS and not any(c % native.LANES for c in channels) and native.available()
 
 
+def _plainly() -> bool:
+    """Whether operations are to be PyTorch's own: where a gradient is kept. A compiler's are as fast, and take in what stands around them."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
 def norm_silu(norm: nn.GroupNorm, x: Tensor, style: Tensor | None = None) -> Tensor:
-    """`unet.norm_silu`, in C where there is no gradient to keep. A compiler's own is as fast, and takes in what stands around it."""
-    pixels = x.permute(0, 2, 3, 1)
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not native.covers_norm(pixels) or norm.weight.dtype != torch.float32:
+    """`unet.norm_silu`, in one pass."""
+    if _plainly() or not native.covers(x, x.shape[1]):
         return unet.norm_silu(norm, x, style)
-    made = native.group_norm_silu(pixels, norm.weight, norm.bias, style, None, norm.num_groups, norm.eps, True, None)
+    made = native.group_norm_silu(x.permute(0, 2, 3, 1), norm.weight, norm.bias, style, None, norm.num_groups, norm.eps, True, None)
     return made.permute(0, 3, 1, 2)
 
 
+class FusedResBlock(nn.Module):
+    """A `unet.ResBlock` of two convolutions in C, whose images go from one matrix product to the next within the cache."""
+
+    def __init__(self, block: unet.ResBlock) -> None:
+        super().__init__()
+        self.block = block
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        return type(module) is unet.ResBlock and all(WinogradConv2d.fits(conv) and _in_c(conv) for conv in (module.conv1, module.conv2))
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        block, (h, w) = self.block, x.shape[2:]
+        if _plainly() or h % 4 or w % 4 or not native.covers(x):
+            made: Tensor = block(x, style)
+            return made
+        stages: list[tuple[nn.GroupNorm, Any, Tensor | None]] = [(block.norm1, block.conv1, None), (block.norm2, block.conv2, style)]
+        parts = [
+            (native.Norm(norm.weight, norm.bias, norm.num_groups, norm.eps, own), conv.packed, conv.direct.bias)
+            for norm, conv, own in stages
+        ]
+        return native.residual_block(x, parts, block.skip(x))
+
+
 def faster(model: nn.Module) -> nn.Module:
-    """The model, in eval mode, with its fitting convolutions replaced, and the norms of fastdiff's own networks; its parameters and buffers are the
-    given one's own. The model itself where there is nothing to replace."""
+    """The model, in eval mode, with its fitting convolutions replaced, and the norms and blocks of fastdiff's own networks; its parameters and buffers
+    are the given one's own. The model itself where there is nothing to replace."""
     if not any(WinogradConv2d.fits(module) for module in model.modules()):
         return model
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -109,6 +139,8 @@ def faster(model: nn.Module) -> nn.Module:
         for name, child in list(parent.named_children()):
             if WinogradConv2d.fits(child):
                 setattr(parent, name, WinogradConv2d(child))  # type: ignore[arg-type]
+            elif FusedResBlock.fits(child):
+                setattr(parent, name, FusedResBlock(child))  # type: ignore[arg-type]
         if hasattr(parent, "norm_silu"):
             parent.norm_silu = norm_silu  # type: ignore[assignment]
     return twin.eval()

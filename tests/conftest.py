@@ -18,6 +18,10 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+# Files that take a minute or so, of which none is to be begun last. By their numbers of tests, which is xdist's order, they would be.
+SLOW = ["sample", "runs", "train", "train_distributed", "codegen_fused", "diffusers_pipelines", "field", "distributed"]
+
+
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="kill a hundred runs rather than a few; nothing is left out without it")
 
@@ -36,6 +40,12 @@ def pytest_cmdline_main(config) -> None:
         and config.option.dist == "no"
     ):
         config.option.numprocesses, config.option.dist = min(8, os.cpu_count() or 1), "loadfile"
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items) -> None:
+    slow = [f"test_{name}.py" for name in SLOW]
+    items.sort(key=lambda item: slow.index(item.path.name) if item.path.name in slow else len(slow))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,7 @@
 """Convolutions by Winograd's method: the kernels in C beside their definition, the way without a compiler, what is replaced, and that it follows its
 weights."""
 
+import collections
 import concurrent.futures
 import ctypes
 import logging
@@ -14,6 +15,7 @@ from torch import nn
 
 from fastdiff import Sampler, Schedule, UNetConfig, cpu, native, reference
 from fastdiff.cpu import WinogradConv2d
+from fastdiff.unet import ResBlock
 from fastdiff.unet2d import UNet2D, UNet2DConfig
 
 
@@ -92,29 +94,45 @@ def test_other_layouts_are_taken():
         assert torch.equal(native.winograd_conv3x3(other, weight.transpose(1, 2).contiguous().transpose(1, 2), c.bias), wanted)
 
 
-def test_the_kernel_touches_its_own_alone():
-    """What it reads stands among NaN, what it writes among sevens."""
-    library, n, h, w, c, plane = native._library(), 3, 4, 8, 32, 6 * 32 + 16
-    edge = 64
+def test_the_kernels_touch_their_own_alone():
+    """What they read stands among NaN, what they write among sevens."""
+    library, n, h, w, c, plane, edge = native._library(), 3, 4, 8, 32, 6 * 32 + 16, 64
 
-    def within(numel, around):
+    def within(numel, around, fill=None):
         whole = torch.full((numel + 2 * edge,), around)
-        return whole, whole[edge : edge + numel]
+        inner = whole[edge : edge + numel]
+        if fill is not None:
+            inner.copy_(fill)
+        return whole, inner
 
-    _, x = within(n * h * w * c, torch.nan)
-    x.copy_(torch.arange(len(x)) % 97)
-    guarded, places = within(35 * plane + 6 * c, 7.0)
-    library.fastdiff_winograd_into(x.data_ptr(), places.data_ptr(), n, h, w, c, plane)
-    inner = torch.cat([places, torch.zeros(plane - 6 * c)]).view(36, plane)
-    assert inner[:, : 6 * c].isfinite().all()
-    assert (guarded[:edge] == 7).all() and (guarded[-edge:] == 7).all() and (inner[:-1, 6 * c :] == 7).all()
-    _, bias = within(c, torch.nan)
-    bias.fill_(1.0)
-    guarded, y = within(n * h * w * c, 7.0)
+    def stand(whole):
+        return bool((whole[:edge] == 7).all() and (whole[-edge:] == 7).all())
+
+    def spread(inner):
+        return torch.cat([inner, torch.zeros(plane - 6 * c)]).view(36, plane)
+
+    _, x = within(n * h * w * c, torch.nan, torch.arange(n * h * w * c) % 97)
+    parts = [within(size, torch.nan, torch.ones(size))[1] for size in (c, c, n * 2 * c)]
+    norm = native.Norm(*parts[:2], 2, 1e-5, parts[2].view(n, 2 * c))
+    used, scratch = within((4 + h * w) * c, 7.0)
+    for told in (None, norm.struct()):
+        outer, places = within(35 * plane + 6 * c, 7.0)
+        library.fastdiff_winograd_into(x.data_ptr(), places.data_ptr(), told, n, h, w, c, plane, scratch.data_ptr())
+        assert stand(outer) and stand(used) and spread(places)[:, : 6 * c].isfinite().all() and (spread(places)[:-1, 6 * c :] == 7).all()
     _, given = within(35 * plane + 6 * c, torch.nan)
-    given.copy_(places)
-    library.fastdiff_winograd_out_of(given.data_ptr(), bias.data_ptr(), y.data_ptr(), n, h, w, c, plane)
-    assert y.isfinite().all() and (guarded[:edge] == 7).all() and (guarded[-edge:] == 7).all()
+    spread_over = given.as_strided((36, 6 * c), (plane, 1))
+    given.fill_(torch.nan)
+    spread_over.copy_(spread(places)[:, : 6 * c])
+    _, bias = within(c, torch.nan, torch.ones(c))
+    outer, more = within(35 * plane + 6 * c, 7.0)
+    library.fastdiff_winograd_between(
+        given.data_ptr(), bias.data_ptr(), norm.struct(), more.data_ptr(), n, h, w, c, plane, scratch.data_ptr()
+    )
+    assert stand(outer) and stand(used) and spread(more)[:, : 6 * c].isfinite().all() and (spread(more)[:-1, 6 * c :] == 7).all()
+    for skip in (None, x.data_ptr()):
+        outer, y = within(n * h * w * c, 7.0)
+        library.fastdiff_winograd_out_of(given.data_ptr(), bias.data_ptr(), skip, y.data_ptr(), n, h, w, c, plane)
+        assert stand(outer) and y.isfinite().all()
 
 
 @pytest.mark.parametrize("size", [1, 40_000, 100_000])
@@ -122,8 +140,25 @@ def test_parts_that_fit_the_memory_are_the_whole(size, monkeypatch):
     c, x = convolution(32, 64), images(7, 32, 8, 8)
     weight = reference.winograd_weight(c.weight)
     whole = native.winograd_conv3x3(x, weight, c.bias)
-    monkeypatch.setattr(native, "SCRATCH", size)
-    torch.testing.assert_close(native.winograd_conv3x3(x, weight, c.bias), whole, atol=1e-5, rtol=0)
+    block, style = ResBlock(32, 64, 16).eval().requires_grad_(False), images(7, 128, 1, 1)[:, :, 0, 0]
+    block.conv2.weight.copy_(convolution(64, 64).weight)  # begins as 0
+    with torch.no_grad():
+        fused = cpu.faster(nn.ModuleList([block]))[0]
+        cpu.pack(fused)
+        all_of_it = fused(x, style)
+        torch.testing.assert_close(all_of_it, block(x, style), atol=5e-5, rtol=0)
+        monkeypatch.setattr(native, "SCRATCH", size)
+        torch.testing.assert_close(native.winograd_conv3x3(x, weight, c.bias), whole, atol=1e-5, rtol=0)
+        torch.testing.assert_close(fused(x, style), all_of_it, atol=1e-5, rtol=0)
+
+
+def test_inference_mode_leaves_nothing_behind():
+    c, x = convolution(32, 32), images(3, 32, 8, 8)
+    weight = reference.winograd_weight(c.weight)
+    native._SCRATCH.kept.clear()
+    with torch.inference_mode():
+        first = native.winograd_conv3x3(x, weight, c.bias)
+    assert torch.equal(native.winograd_conv3x3(x, weight, c.bias), first)
 
 
 def test_threads_do_not_meet():
@@ -288,11 +323,87 @@ def test_a_network_says_what_it_said(name, way):
     given = (x, t, t % 3) if name == "UNet" else (x, t)
     runs = []
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        for kind in ("group_norm_silu", "winograd_conv3x3"):
+        for kind in ("residual_block", "winograd_conv3x3", "group_norm_silu"):
             plain = getattr(native, kind)
             patch.setattr(native, kind, lambda *args, kind=kind, plain=plain: runs.append(kind) or plain(*args))
         torch.testing.assert_close(twin(*given), model(*given), atol=1e-4, rtol=0)
-    assert (runs.count("winograd_conv3x3"), runs.count("group_norm_silu") > 8) == ((replaced, True) if way == "in C" else (0, False))
+    wanted = (
+        {"residual_block": 5, "winograd_conv3x3": 1, "group_norm_silu": 1}
+        if name == "UNet"
+        else {"winograd_conv3x3": 25, "group_norm_silu": 25}
+    )
+    assert collections.Counter(runs) == (wanted if way == "in C" else {})
+
+
+@pytest.mark.parametrize("c_in", [32, 64])
+@pytest.mark.parametrize("size", [(4, 4), (8, 12), (6, 4)])
+def test_a_block_is_what_it_was(size, c_in, way):
+    """One whose sides 4 does not divide, too; and a style whose rows lie apart, as those of a network do."""
+    block = ResBlock(c_in, 64, 16).eval().requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for p in block.parameters():
+            nn.init.normal_(p, std=0.1)
+    x, style = images(5, c_in, *size), torch.randn(5, 1000, generator=torch.Generator().manual_seed(1))[:, 7 : 7 + 128]
+    fused = cpu.faster(nn.ModuleList([block]))[0]
+    cpu.pack(fused)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x, style), block(x, style), atol=2e-4, rtol=1e-5)
+        assert fused(x[:0], style[:0]).shape == (0, 64, *size)
+
+
+def test_a_number_that_is_none_stays_so():
+    block = ResBlock(32, 32, 16).eval().requires_grad_(False)
+    fused = cpu.faster(nn.ModuleList([block]))[0]
+    cpu.pack(fused)
+    x = images(3, 32, 8, 8)
+    x[1, 5, 2, 3] = torch.nan
+    with torch.no_grad():
+        made = fused(x, torch.zeros(3, 64))
+    assert made[[0, 2]].isfinite().all() and made[1].isnan().any()
+
+
+def test_other_dtypes_are_pytorchs():
+    """bf16 on a CPU; and a network of which one convolution alone is in it."""
+    model = NETWORKS["UNet"]().bfloat16()
+    assert cpu.faster(model) is model
+    block = ResBlock(32, 32, 16).eval().requires_grad_(False)
+    block.conv2.bfloat16()
+    kept = cpu.faster(nn.ModuleList([block]))[0]
+    assert isinstance(kept, ResBlock) and [type(kept.conv1), type(kept.conv2)] == [WinogradConv2d, nn.Conv2d]
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    x, weight = images(2, 32, 8, 8), torch.zeros(36, 32, 32)
+    norm = native.Norm(torch.ones(32), torch.zeros(32), 2, 1e-5)
+    for call in (
+        lambda: native.winograd_conv3x3(images(2, 32, 6, 8), weight, None),
+        lambda: native.winograd_conv3x3(x.double(), weight, None),
+        lambda: native.winograd_conv3x3(x, torch.zeros(36, 16, 32), None),
+        lambda: native.winograd_conv3x3(x, weight, torch.zeros(31)),
+        lambda: native.residual_block(x, [(norm, weight, None)] * 2, x[:1]),
+        lambda: native.residual_block(x, [(norm._replace(groups=5), weight, None)] * 2, x),
+        lambda: native.residual_block(x, [(norm._replace(style=torch.zeros(2, 32)), weight, None)] * 2, x),
+        lambda: native.residual_block(x, [(norm._replace(style=torch.zeros(1, 64)), weight, None)] * 2, x),
+        lambda: native.group_norm_silu(
+            x.permute(0, 2, 3, 1), norm.gamma, norm.beta, torch.zeros(2, 64), torch.tensor([0, 2]), 2, 1e-5, True, None
+        ),
+    ):
+        with pytest.raises(AssertionError):
+            call()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_is_one_graph_to_a_compiler(name):
+    """In which convolutions alone are operations of ours."""
+    model = NETWORKS[name]()
+    twin = cpu.faster(model)
+    cpu.pack(twin)
+    x, t = images(5, 3, 16, 16), torch.arange(5) * 7
+    given = (x, t, t % 3) if name == "UNet" else (x, t)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(twin, fullgraph=True, backend="aot_eager")(*given), model(*given), atol=1e-4, rtol=0)
 
 
 def test_gradients_pass_through_the_twin_as_through_the_network():
