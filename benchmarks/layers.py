@@ -358,7 +358,7 @@ def parser() -> cli.Parser:
     p = cli.Parser(
         prog=PROG, description="Time, bytes and operations of every launch of the fused network, beside what the device reaches."
     )
-    p.add_argument("--checkpoint", default="sprites", metavar="FILE", help='a checkpoint of fastdiff.train, or the shipped "sprites"')
+    cli.checkpoint_option(p)
     p.add_argument("--rows", type=cli.whole(1), metavar="N", help="images of an evaluation (1024 on cuda, 64 on a cpu)")
     p.add_argument("--dtype", choices=list(DTYPES), metavar="TYPE", help=f"{', '.join(DTYPES)} (bfloat16 on cuda, float32 on a cpu)")
     p.add_argument(

@@ -140,6 +140,16 @@ def sections(rows: list[Row]) -> list[str]:
                             f"{row['matmul_gflop_per_s']:.0f}",
                         ],
                     )  # fmt: skip
+        elif kind in ("cpu_convolution", "cpu_network"):
+            case = row["case"] if kind == "cpu_network" else "convolution " + row["case"].rpartition("-")[0] + f", {row['shape'][0]} images"
+            add(
+                f"On one core, with kernels in C: {where(row)}",
+                ["what", "us", "the direct way's operations, GFLOP/s", "PyTorch's own takes, times as long", "ours without C"],
+                [
+                    case, f"{row['ours_us']:,.0f}", f"{row['operations'] / row['ours_us'] / 1e3:.0f}",
+                    ratio(row, "direct"), ratio(row, "without_c"),
+                ],
+            )  # fmt: skip
         elif kind.startswith("diffusers_"):
             what = {
                 "diffusers_step": f"{row.get('scheduler')}.step{', eta 1' if row.get('step_options') else ''}",

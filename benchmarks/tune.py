@@ -206,7 +206,7 @@ def parser() -> cli.Parser:
     p = cli.Parser(
         prog=PROG, description="Measure which way each convolution of a network is the fastest on this GPU, and keep it in the table."
     )
-    p.add_argument("--checkpoint", default="sprites", metavar="FILE", help='a checkpoint of fastdiff.train, or the shipped "sprites"')
+    cli.checkpoint_option(p)
     p.add_argument(
         "--rows",
         type=sizes,

@@ -91,6 +91,11 @@ class Checkpoint:
         write_tensors(path, {k: v.to(dtype) for k, v in self.model.state_dict().items()}, about)
 
 
+def shipped() -> tuple[str, ...]:
+    """Names of the checkpoints that come with the package: `load` takes them in place of a file, and commands as --checkpoint."""
+    return tuple(sorted(p.stem for p in ASSETS.glob("*.safetensors") if p.stem != "classifier"))
+
+
 def load(source: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint in a file, or a shipped one by its name ("sprites"; a file called so is "./sprites"). fp32, on the CPU, in eval mode.
 
@@ -101,11 +106,12 @@ def load(source: str | os.PathLike[str]) -> Checkpoint:
     fp32, and 512 MiB.
     """
     path = Path(source)
-    if path.name == str(source) and os.path.isfile(ASSETS / f"{source}.safetensors"):
+    if str(source) in shipped():
         path = ASSETS / f"{source}.safetensors"
     if not os.path.isfile(path):  # unlike Path.is_file, never raises
-        shipped = ", ".join(sorted(p.stem for p in ASSETS.glob("*.safetensors") if p.stem != "classifier")) or "none"
-        raise CheckpointError(f"no checkpoint {str(source)!r}: neither a .safetensors file nor a shipped one (shipped: {shipped})")
+        raise CheckpointError(
+            f"no checkpoint {str(source)!r}: neither a .safetensors file nor a shipped one (shipped: {', '.join(shipped()) or 'none'})"
+        )
     tensors, about, digest = _read(path)
     if "format" not in about:
         raise CheckpointError(

@@ -49,6 +49,15 @@ def whole(low: int, high: float = math.inf) -> Callable[[str], int | float]:
     return number(int, low, high, "whole number")
 
 
+def checkpoint_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        default="sprites",
+        metavar="FILE",
+        help="a checkpoint of fastdiff.train, or a shipped one: sprites, sprites-large (sprites)",
+    )
+
+
 LEVELS = ("debug", "info", "warning", "error")
 
 

@@ -642,7 +642,7 @@ def parser() -> cli.Parser:
         "in place of samples. Writes evaluation.json and pairs.png, the samples that come closest to a training image, into --out.",
     )
     g = p.add_argument_group("what is measured")
-    g.add_argument("--checkpoint", default="sprites", metavar="FILE", help='a checkpoint of fastdiff.train, or the shipped "sprites"')
+    cli.checkpoint_option(g)
     g.add_argument(
         "--samples", metavar="FILE", help="images instead of a checkpoint's: samples.npz of fastdiff.sample, a folder, .npz, .npy"
     )

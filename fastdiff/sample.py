@@ -69,7 +69,7 @@ def parser() -> cli.Parser:
     )
     p.add_argument("--seed", type=cli.whole(0, 2**64 - 1), default=0, help="another seed gives other images (0)")
     p.add_argument("--first", type=cli.whole(0, 2**63 - 1), default=0, metavar="ID", help="number of the first image (0)")
-    p.add_argument("--checkpoint", default="sprites", metavar="FILE", help='a checkpoint of fastdiff.train, or the shipped "sprites"')
+    cli.checkpoint_option(p)
     p.add_argument(
         "--out", default="samples", metavar="DIR", help="folder for samples.npz and grid.png, which are replaced there (samples)"
     )

@@ -90,7 +90,7 @@ def parser() -> cli.Parser:
 def _add(q: argparse.ArgumentParser, name: str, kind: str) -> None:
     several = "; repeat it to compare several" if kind == "solvers" else ""
     if name == "checkpoint":
-        q.add_argument("--checkpoint", default="sprites", metavar="FILE", help='a checkpoint of fastdiff.train, or the shipped "sprites"')
+        cli.checkpoint_option(q)
     elif name == "label":
         q.add_argument("--label", metavar="NAME|INDEX", help="one class for all of the picture (the picture's own choice)")
     elif name == "image":

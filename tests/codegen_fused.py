@@ -114,17 +114,18 @@ def described(fn: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> str:
 
 
 def cases() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], int]]:
-    """Launches by name, each compilation once: of the shipped network, and of one with 128 and 256 channels at 16 x 16 to 4 x 4 pixels."""
+    """Launches by name, each compilation once: of the shipped networks, and of one with 128 and 256 channels at 16 x 16 to 4 x 4 pixels."""
     import fastdiff
     from fastdiff import UNetConfig
     from fastdiff.kernels import group_norm_silu
 
-    shipped = fastdiff.load("sprites").model.config
+    shipped, large = (fastdiff.load(name).model.config for name in ("sprites", "sprites-large"))
     wide = UNetConfig(shape=(3, 16, 16), patch=1, channels=(128, 256, 256), blocks=2, middle=1, num_classes=8)
     found: dict[str, Any] = {}
     for arch in (90, 100):
         seen: set[str] = set()
         runs = [("sprites", shipped, 4096, False), ("sprites fp8", shipped, 4096, True)]
+        runs += [("sprites-large", large, 4096, False), ("sprites-large fp8", large, 4096, True)]
         if arch == 90:
             runs += [("one sprite", shipped, 1, False), ("wide", wide, 4096, False)]
         for title, config, n, fp8 in runs:

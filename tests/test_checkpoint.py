@@ -10,7 +10,7 @@ from helpers import small_checkpoint
 from safetensors.torch import load_file, save_file
 
 import fastdiff
-from fastdiff import CheckpointError
+from fastdiff import CheckpointError, cli
 from fastdiff.files import atomic_write
 
 
@@ -68,7 +68,7 @@ def test_an_encoders_own_error_keeps_its_words(tmp_path):
 
 def test_no_such_file():
     with pytest.raises(
-        CheckpointError, match=r"no checkpoint 'nowhere': neither a .safetensors file nor a shipped one \(shipped: sprites\)"
+        CheckpointError, match=r"no checkpoint 'nowhere': neither a .safetensors file nor a shipped one \(shipped: sprites, sprites-large\)"
     ):
         fastdiff.load("nowhere")
 
@@ -147,11 +147,20 @@ def test_metadata_that_does_not_fit(saved, change, text):
     assert "\n" not in str(caught.value)
 
 
-def test_shipped_sprites():
-    shipped = fastdiff.load("sprites")
+def test_shipped_ones_are_named_by_the_commands():
+    assert fastdiff.checkpoint.shipped() == ("sprites", "sprites-large")
+    parser = cli.Parser()
+    cli.checkpoint_option(parser)
+    assert f"a shipped one: {', '.join(fastdiff.checkpoint.shipped())} (sprites)" in " ".join(parser.format_help().split())
+
+
+@pytest.mark.parametrize(("name", "channels", "flops"), [("sprites", (64, 128), 0.125e9), ("sprites-large", (128, 128), 0.151e9)])
+def test_shipped_sprites(name, channels, flops):
+    shipped = fastdiff.load(name)
     assert shipped.shape == (3, 16, 16)
-    assert len(shipped.classes) == 8
-    assert shipped.model.flops() < 0.125e9
+    assert shipped.classes == fastdiff.data.load().classes
+    assert shipped.model.config.channels == channels
+    assert shipped.model.flops() < flops
     assert {"command", "data", "step", "loss", "held_out_loss"} <= shipped.record.keys()
-    path = fastdiff.checkpoint.ASSETS / "sprites.safetensors"
+    path = fastdiff.checkpoint.ASSETS / f"{name}.safetensors"
     assert path.stat().st_size < 8_000_000

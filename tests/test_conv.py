@@ -234,10 +234,11 @@ def recorded(model, n):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_convolution_of_the_shipped_network(dtype):
-    model: nn.Module = fastdiff.load("sprites").model.to(DEVICE, dtype)
+@pytest.mark.parametrize(("shipped", "within"), [("sprites", 19), ("sprites-large", 9)])
+def test_every_convolution_of_the_shipped_networks(shipped, within, dtype):
+    model: nn.Module = fastdiff.load(shipped).model.to(DEVICE, dtype)
     calls = recorded(model, 5)
-    assert [name for name, _ in calls].count("conv3x3") == 19
+    assert [name for name, _ in calls].count("conv3x3") == within
     assert [name for name, _ in calls if name != "conv3x3"] == ["conv_in", "conv_up", "conv_out"]
     for name, arguments in calls:
         got = getattr(conv if hasattr(conv, name) and name != "conv_in" else conv_ends, name)(*arguments)

@@ -38,8 +38,8 @@ def network(config, dtype=torch.float32):
 
 
 @functools.cache
-def shipped():
-    return fastdiff.load("sprites")
+def shipped(name="sprites"):
+    return fastdiff.load(name)
 
 
 @pytest.mark.skipif(CUDA, reason="on a GPU fp32 is left to the library, tested below")
@@ -59,11 +59,11 @@ def rms(a, b):
     return float((a.float() - b.float()).square().mean().sqrt())
 
 
-@pytest.mark.parametrize("name", ["sprites", "shipped"])
+@pytest.mark.parametrize("name", ["random", "sprites", "sprites-large"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bits_are_no_further_from_fp32_than_twice_the_unets_own(name, dtype):
     """Of compiled code on a GPU, of eager code on a CPU, where compiling takes a minute."""
-    full = shipped().model.to(DEVICE) if name == "shipped" else network(CONFIGS[name])
+    full = network(CONFIGS["sprites"]) if name == "random" else copy.deepcopy(shipped(name).model).to(DEVICE)
     given = inputs(full.config, 32)
     small = copy.deepcopy(full).to(dtype)
     with torch.no_grad():
@@ -94,8 +94,7 @@ def test_launches_and_flops():
     # Growing by four phases leaves out 5 of every 9 products.
     (grow,) = [c for c in made.convolutions() if c.name == "grow.0"]
     assert sum(c.flops() for c in made.convolutions()) == model.flops() - grow.flops() * 5 // 4
-    small = FusedUNet(fastdiff.UNet(UNetConfig(channels=(128,), blocks=1, middle=1)))
-    assert len(small.convolutions()) == 8
+    assert len(FusedUNet(shipped("sprites-large").model).convolutions()) == 12
 
 
 def test_weights_are_the_networks_own_and_changes_are_taken_up():
@@ -134,9 +133,10 @@ def test_a_sampler_gives_the_same_images(config):
 
 
 @pytest.mark.skipif(CUDA and not KERNELS, reason="fp8 needs a GPU of compute capability 9 or 10")
-def test_fp8_keeps_the_images():
-    """Of the shipped network, 32 sprites: with e4m3 in the blocks half of them differ from fp32's by less than a fifth of what another seed's do."""
-    ckpt = shipped()
+@pytest.mark.parametrize("name", ["sprites", "sprites-large"])
+def test_fp8_keeps_the_images(name):
+    """Of a shipped network, 32 sprites: with e4m3 in the blocks half of them differ from fp32's by less than a fifth of what another seed's do."""
+    ckpt = shipped(name)
     labels = torch.arange(32) % 8
     make = functools.partial(ckpt.sampler, solver="unipc", steps=6, device=DEVICE)
     full = make(compile=False, dtype=torch.float32)(32, labels=labels, guidance=2.0)
