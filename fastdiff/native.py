@@ -3,6 +3,7 @@ at once. Without one the library does as well as PyTorch alone can. CC names the
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import logging
@@ -33,8 +34,12 @@ SCRATCH = 32 << 20
 _BUILDING = threading.Lock()
 
 
-class _Scratch(threading.local):
-    """Memory of one thread for what stands between the transforms, kept: to get it anew from the system costs a tenth of a convolution."""
+# What is nobody's just now.
+_FREE: list[Scratch] = []
+
+
+class Scratch:
+    """Memory for what stands between the transforms, kept for the next that asks: to get it anew from the system costs a tenth of a convolution."""
 
     def __init__(self) -> None:
         self.kept: dict[str, Tensor] = {}
@@ -46,7 +51,17 @@ class _Scratch(threading.local):
         return self.kept[name][:numel]
 
 
-_SCRATCH = _Scratch()
+@contextlib.contextmanager
+def _scratch() -> Iterator[Scratch]:
+    """One that no other thread has."""
+    try:
+        mine = _FREE.pop()
+    except IndexError:
+        mine = Scratch()
+    try:
+        yield mine
+    finally:
+        _FREE.append(mine)
 
 
 def available() -> bool:
@@ -154,10 +169,11 @@ def group_norm_silu(
     assert style is None or which is not None or rows == n, "style must have a row for each image"
     x = x.contiguous()
     y = torch.empty_like(x)
-    library.fastdiff_group_norm_silu(
-        x.data_ptr(), y.data_ptr(), norm.struct(), None if which is None else which.data_ptr(), n, height * width, channels,
-        _SCRATCH.take("image", 4 * channels).data_ptr(),
-    )  # fmt: skip
+    with _scratch() as scratch:
+        library.fastdiff_group_norm_silu(
+            x.data_ptr(), y.data_ptr(), norm.struct(), None if which is None else which.data_ptr(), n, height * width, channels,
+            scratch.take("image", 4 * channels).data_ptr(),
+        )  # fmt: skip
     return y
 
 
@@ -198,27 +214,28 @@ def _convolved(x: Tensor, convolutions: Sequence[tuple[Norm | None, Tensor, Tens
         skip = skip.contiguous(memory_format=torch.channels_last)
     y = torch.empty(n, h, w, out)
     tiles, widest = h * w // 16, max(x.shape[1], *(packed.shape[2] for _, packed, _ in checked))
-    scratch = _SCRATCH.take("image", (4 + h * w) * widest).data_ptr()
-    for start, images in _parts(n, 36 * tiles * widest):
-        # One row more than there are tiles, so that the 36 places do not lie powers of two apart and drive each other from the cache.
-        rows = images * tiles + 1
-        made, before = None, None
-        for norm, packed, bias in checked:
-            _, c, c_out = packed.shape
-            places = _SCRATCH.take("places", 36 * rows * c)
-            told = None if norm is None else norm.struct(start)
-            if made is None:
-                source = x.data_ptr() + 4 * start * h * w * c
-                library.fastdiff_winograd_into(source, places.data_ptr(), told, images, h, w, c, rows * c, scratch)
-            else:
-                shift = None if before is None else before.data_ptr()
-                library.fastdiff_winograd_between(made.data_ptr(), shift, told, places.data_ptr(), images, h, w, c, rows * c, scratch)
-            made, before = _SCRATCH.take("made", 36 * rows * c_out), bias
-            torch.bmm(places.view(36, rows, c), packed, out=made.view(36, rows, c_out))
-        assert made is not None
-        at = 4 * start * h * w * out
-        library.fastdiff_winograd_out_of(
-            made.data_ptr(), None if before is None else before.data_ptr(), None if skip is None else skip.data_ptr() + at, y.data_ptr() + at,
-            images, h, w, out, rows * out,
-        )  # fmt: skip
+    with _scratch() as scratch:
+        image = scratch.take("image", (4 + h * w) * widest).data_ptr()
+        for start, images in _parts(n, 36 * tiles * widest):
+            # One row more than there are tiles, so that the 36 places do not lie powers of two apart and drive each other from the cache.
+            rows = images * tiles + 1
+            made, before = None, None
+            for norm, packed, bias in checked:
+                _, c, c_out = packed.shape
+                places = scratch.take("places", 36 * rows * c)
+                told = None if norm is None else norm.struct(start)
+                if made is None:
+                    source = x.data_ptr() + 4 * start * h * w * c
+                    library.fastdiff_winograd_into(source, places.data_ptr(), told, images, h, w, c, rows * c, image)
+                else:
+                    shift = None if before is None else before.data_ptr()
+                    library.fastdiff_winograd_between(made.data_ptr(), shift, told, places.data_ptr(), images, h, w, c, rows * c, image)
+                made, before = scratch.take("made", 36 * rows * c_out), bias
+                torch.bmm(places.view(36, rows, c), packed, out=made.view(36, rows, c_out))
+            assert made is not None
+            at = 4 * start * h * w * out
+            library.fastdiff_winograd_out_of(
+                made.data_ptr(), None if before is None else before.data_ptr(), None if skip is None else skip.data_ptr() + at,
+                y.data_ptr() + at, images, h, w, out, rows * out,
+            )  # fmt: skip
     return y.permute(0, 3, 1, 2)

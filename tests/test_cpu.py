@@ -77,8 +77,9 @@ def test_the_kernel_is_the_definition(shape, bias):
     c, x = convolution(c_in, c_out, bias), images(n, c_in, h, w)
     weight = reference.winograd_weight(c.weight)
     assert native.available()
-    for kept in native._SCRATCH.kept.values():
-        kept.fill_(torch.nan)
+    for scratch in native._FREE:
+        for kept in scratch.kept.values():
+            kept.fill_(torch.nan)
     made, wanted = native.winograd_conv3x3(x, weight, c.bias), reference.winograd_conv3x3(x, weight, c.bias)
     assert made.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(made, wanted, atol=4e-5, rtol=0)
@@ -155,7 +156,7 @@ def test_parts_that_fit_the_memory_are_the_whole(size, monkeypatch):
 def test_inference_mode_leaves_nothing_behind():
     c, x = convolution(32, 32), images(3, 32, 8, 8)
     weight = reference.winograd_weight(c.weight)
-    native._SCRATCH.kept.clear()
+    native._FREE.clear()
     with torch.inference_mode():
         first = native.winograd_conv3x3(x, weight, c.bias)
     assert torch.equal(native.winograd_conv3x3(x, weight, c.bias), first)
