@@ -4,8 +4,8 @@ F(4 x 4, 3 x 3)), and GroupNorm, scale, shift and SiLU in one pass over an image
     y = A^T [(G w G^T) * (B^T x B)] A
 
 where x is 6 x 6 pixels for 4 x 4 of y, and the product in the middle is one of channels for each of 36 places: 36 matrix products, of all tiles of
-all images. With the outer transforms in C (`native`) that is 1.6 to 2.3 times as fast as the direct convolution with 64 to 256 channels, on images of
-any size that 4 divides. Without a C compiler they are matrix products, too, which pay on images of 4 x 4 pixels alone: 1.5 to 1.7 times.
+all images. With the outer transforms in C (`native`) that is 1.6 to 2.1 times as fast as the direct convolution for 64 images of 64 to 256 channels
+(benchmarks/bench_cpu.py), of any size that 4 divides. Without a C compiler they are matrix products, too, which pay on images of 4 x 4 pixels alone.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from torch import Tensor, nn
 
 from . import native, ops, reference, unet
 
-# Fewer channels leave the products too small to pay for the transforms: in C, and as matrix products.
-LEAST_CHANNELS, LEAST_WITHOUT_C = 32, 64
+# Fewer channels leave the products too small to pay for the transforms.
+LEAST_CHANNELS = 64
+# Weights are four times as many numbers as those of a direct convolution. Fewer images, unless they are large, do not pay for reading them.
+LEAST_IMAGES, LEAST_TILES = 16, 256
 
 
 class WinogradConv2d(nn.Module):
-    """A 3 x 3 convolution with one pixel of zeros around, of the given one's parameters: fast where 4 divides the image's sides (without C: where
-    they are 4), else as it was.
+    """A 3 x 3 convolution with one pixel of zeros around, of the given one's parameters: fast where 4 divides the image's sides and the images are
+    not few (without C: where the sides are 4), else as it was.
 
     What it computes from the weights is as they were at the last `pack`. Errors are some ten times those of a direct convolution in fp32:
     1e-5 of the largest value.
@@ -55,7 +57,7 @@ class WinogradConv2d(nn.Module):
             and module.groups == 1
             and module.weight.dtype == torch.float32
             and module.weight.device.type == "cpu"
-            and (min(module.in_channels, module.out_channels) >= LEAST_WITHOUT_C or _in_c(module))
+            and min(module.in_channels, module.out_channels) >= LEAST_CHANNELS
         )
 
     def pack(self) -> None:
@@ -69,7 +71,7 @@ class WinogradConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        if self.native and h % 4 == w % 4 == 0 and not torch.is_grad_enabled():
+        if self.native and _tiled(x) and not torch.is_grad_enabled():
             # The dispatcher is for the compiler; without it a call is the sooner there.
             convolve = ops.winograd_conv3x3 if torch.compiler.is_compiling() else native.winograd_conv3x3
             made: Tensor = convolve(x, self.packed, self.direct.bias)
@@ -87,8 +89,13 @@ class WinogradConv2d(nn.Module):
 
 def _in_c(convolution: nn.Conv2d) -> bool:
     """Of convolutions that fit otherwise."""
-    channels = convolution.in_channels, convolution.out_channels
-    return min(channels) >= LEAST_CHANNELS and not any(c % native.LANES for c in channels) and native.available()
+    return convolution.in_channels % native.LANES == convolution.out_channels % native.LANES == 0 and native.available()
+
+
+def _tiled(x: Tensor) -> bool:
+    """Whether images divide into tiles, and into enough of them."""
+    n, _, h, w = x.shape
+    return h % 4 == w % 4 == 0 and (n >= LEAST_IMAGES or n * h * w >= 16 * LEAST_TILES)
 
 
 def _plainly() -> bool:
@@ -116,8 +123,8 @@ class FusedResBlock(nn.Module):
         return type(module) is unet.ResBlock and all(WinogradConv2d.fits(conv) and _in_c(conv) for conv in (module.conv1, module.conv2))
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        block, (h, w) = self.block, x.shape[2:]
-        if _plainly() or h % 4 or w % 4 or not native.covers(x):
+        block = self.block
+        if _plainly() or not _tiled(x) or not native.covers(x):
             made: Tensor = block(x, style)
             return made
         stages: list[tuple[nn.GroupNorm, Any, Tensor | None]] = [(block.norm1, block.conv1, None), (block.norm2, block.conv2, style)]
