@@ -148,3 +148,15 @@ def test_a_table_of_how_like_images_are(tmp_path, capsys):
     assert "**64 images by other ways than eagerly in fp32: A chip, unipc 10, guidance 2, torch 2.13.0" in text
     assert "distance of fp32's images 23.4, of other training images 19.7, of held-out ones 38.2**" in text
     assert "| fused, fp8 | 24.0 | 3.142 | 2.500 | 255 | 6.25% |\n| eager, fp8 |" in text
+
+
+def test_kernels_of_a_cpu(tmp_path, capsys):
+    found = {f"ratio_to_{peer}{end}": value for peer, value in (("direct", 1.66), ("without_c", 1.37)) for end in ("", "_min", "_max")}
+    convolution = {"case": "64-96@8-32", "shape": [32, 64, 8, 8], "ours_us": 1000.4, "operations": 226_492_416}
+    network = {"case": "sprites, 64 images", "ours_us": 20_000, "operations": 7_782_400_000}
+    rows = [("test_cpu_convolution[a]", ABOUT | found | convolution), ("test_cpu_network[b]", ABOUT | found | network)]
+    assert report.main([str(written(tmp_path / "rows.json", *rows))]) == 0
+    text = capsys.readouterr().out
+    assert "**On one core, with kernels in C: A chip, float32" in text
+    assert "| convolution 64-96@8, 32 images | 1,000 | 226 | 1.66 (1.66 to 1.66) | 1.37 (1.37 to 1.37) |" in text
+    assert "| sprites, 64 images | 20,000 | 389 | 1.66" in text
