@@ -113,17 +113,17 @@ def test_blocks(benchmark, case, interleaved, rounds, describe, no_compiled):
         h, _, skips, *_ = inputs
         before = skips[-1][0].permute(0, 3, 1, 2) if case.kind == "up" else None
         here = h.permute(0, 3, 1, 2)  # channels-last, as the network has them
-        scale, shift = conditions[given[2], stage.first.modulated].chunk(2, dim=1)
+        style = conditions[given[2], stage.first.modulated]
 
-        def eager(h: Tensor, before: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
-            return block(h if before is None else torch.cat([h, before], dim=1), scale, shift)
+        def eager(h: Tensor, before: Tensor | None, style: Tensor) -> Tensor:
+            return block(h if before is None else torch.cat([h, before], dim=1), style)
 
-        calls: dict[str, Callable[[], Tensor]] = {"ours": ours, "eager": lambda: eager(here, before, scale, shift)}
+        calls: dict[str, Callable[[], Tensor]] = {"ours": ours, "eager": lambda: eager(here, before, style)}
         # Of fp8 the others are bf16 as before, and have been compiled for then.
         reason = no_compiled(device) or ("left out: see the row in bfloat16" if case.dtype == reference.FP8 else None)
         if reason is None:
             compiled = _compiled(eager, cuda=device == "cuda")
-            calls["compiled"] = lambda: compiled(here, before, scale, shift)
+            calls["compiled"] = lambda: compiled(here, before, style)
         if case.dtype == reference.FP8:
             calls["bfloat16"] = own(*recorded(sixteen, case, given))
 
