@@ -4,7 +4,7 @@ F(4 x 4, 3 x 3)), and GroupNorm, scale, shift and SiLU in one pass over an image
     y = A^T [(G w G^T) * (B^T x B)] A
 
 where x is 6 x 6 pixels for 4 x 4 of y, and the product in the middle is one of channels for each of 36 places: 36 matrix products, of all tiles of
-all images. With the outer transforms in C (`native`) that is 1.2 to 1.7 times as fast as the direct convolution for 64 images of 64 to 256 channels
+all images. With the outer transforms in C (`native`) that is 1.6 to 1.9 times as fast as the direct convolution for 64 images of 64 to 256 channels
 (benchmarks/bench_cpu.py), of any size that 4 divides. Without a C compiler they are matrix products, too, which pay on images of 4 x 4 pixels alone.
 """
 
