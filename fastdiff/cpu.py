@@ -107,7 +107,7 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor, style: Tensor | None = None) -> Ten
     """`unet.norm_silu`, in one pass."""
     if _plainly() or not native.covers(x, x.shape[1]):
         return unet.norm_silu(norm, x, style)
-    made = native.group_norm_silu(x.permute(0, 2, 3, 1), norm.weight, norm.bias, style, None, norm.num_groups, norm.eps, True, None)
+    made = native.group_norm_silu(x.permute(0, 2, 3, 1), native.Norm(norm.weight, norm.bias, norm.num_groups, norm.eps, style))
     return made.permute(0, 3, 1, 2)
 
 

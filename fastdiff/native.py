@@ -144,29 +144,19 @@ def covers(x: Tensor, *channels: int) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32 and not any(c % LANES for c in channels) and available()
 
 
-def group_norm_silu(
-    x: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    style: Tensor | None,
-    which: Tensor | None,
-    groups: int,
-    eps: float,
-    silu: bool,
-    inverse: Tensor | None,
-) -> Tensor:
-    """See `reference.group_norm_silu`. Of fp32 on the CPU, with channels that are a multiple of 16, into fp32."""
+def group_norm_silu(x: Tensor, norm: Norm, which: Tensor | None = None) -> Tensor:
+    """See `reference.group_norm_silu`. x: fp32 [N, H, W, C] on the CPU, C a multiple of 16. which: rows of the style, int64 [N], or None for row i."""
     library = _library()
     n, height, width, channels = x.shape
-    assert library is not None and covers(x, channels) and inverse is None
-    norm = Norm(gamma, beta, groups, eps, style, silu).checked(channels)
+    assert library is not None and covers(x, channels)
+    norm = norm.checked(channels)
     rows = 0 if norm.style is None else len(norm.style)
     if which is not None:
         which = which.contiguous()
         assert which.shape == (n,) and which.dtype == torch.int64 and (n == 0 or (which.min() >= 0 and which.max() < rows)), (
             "which must be rows of style"
         )
-    assert style is None or which is not None or rows == n, "style must have a row for each image"
+    assert norm.style is None or which is not None or rows == n, "style must have a row for each image"
     x = x.contiguous()
     y = torch.empty_like(x)
     with _scratch() as scratch:

@@ -168,8 +168,9 @@ def _(x: Tensor, *args: Any) -> Any:
 
 @group_norm_silu.register_kernel("cpu")
 def _(x: Tensor, *args: Any) -> Any:
-    if args[-1] is None and native.covers(x, x.shape[-1]):
-        return native.group_norm_silu(x, *args)
+    gamma, beta, style, which, groups, eps, silu, inverse = args
+    if inverse is None and native.covers(x, x.shape[-1]):
+        return native.group_norm_silu(x, native.Norm(gamma, beta, groups, eps, style, silu), which)
     return reference.group_norm_silu(x, *args).contiguous()
 
 

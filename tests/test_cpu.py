@@ -385,9 +385,7 @@ def test_arguments_that_do_not_fit_are_refused():
         lambda: native.residual_block(x, [(norm._replace(groups=5), weight, None)] * 2, x),
         lambda: native.residual_block(x, [(norm._replace(style=torch.zeros(2, 32)), weight, None)] * 2, x),
         lambda: native.residual_block(x, [(norm._replace(style=torch.zeros(1, 64)), weight, None)] * 2, x),
-        lambda: native.group_norm_silu(
-            x.permute(0, 2, 3, 1), norm.gamma, norm.beta, torch.zeros(2, 64), torch.tensor([0, 2]), 2, 1e-5, True, None
-        ),
+        lambda: native.group_norm_silu(x.permute(0, 2, 3, 1), norm._replace(style=torch.zeros(2, 64)), torch.tensor([0, 2])),
     ):
         with pytest.raises(AssertionError):
             call()

@@ -11,7 +11,8 @@ from fastdiff.kernels import group_norm_silu as kernels
 
 # The interpreter truncates fp32 to bf16 where the device rounds.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
-RUNS = {"triton": kernels.group_norm_silu, **({"op": ops.group_norm_silu} if CUDA else {"c": native.group_norm_silu})}
+# The op is the kernel in Triton on a GPU, and the one in C on a CPU.
+RUNS = {"triton": kernels.group_norm_silu, "op" if CUDA else "c": ops.group_norm_silu}
 # One image in one program, in several by channels, in several goes over its pixels; pixels and channels that are no powers of two; groups of one.
 SHAPES = [
     ((3, 8, 8, 64), 8),
@@ -128,22 +129,22 @@ def test_in_c_silu_is_right_from_end_to_end_and_nan_stays():
     x = torch.cat([torch.linspace(-1000, 1000, 2000), torch.linspace(-95, 95, 2096)]).view(1, 1, 1, 4096)
     spread = float(x.double().var(correction=0).sqrt())
     gamma, beta = torch.full((4096,), spread), torch.zeros(4096)
-    got = native.group_norm_silu(x, gamma, beta, None, None, 1, 0.0, True, None)
+    got = native.group_norm_silu(x, native.Norm(gamma, beta, 1, 0.0))
     torch.testing.assert_close(got.double(), nn.functional.silu(x.double() - x.double().mean()), rtol=3e-6, atol=1e-4)
     near = (x.abs() < 20).double() * x.double()
-    got = native.group_norm_silu(
-        near.float(), torch.full((4096,), float(near.var(correction=0).sqrt())), beta, None, None, 1, 0.0, True, None
-    )
+    got = native.group_norm_silu(near.float(), native.Norm(torch.full((4096,), float(near.var(correction=0).sqrt())), beta, 1, 0.0))
     torch.testing.assert_close(got.double(), nn.functional.silu(near - near.mean()), rtol=1e-5, atol=1e-6)
     broken = torch.ones(2, 2, 2, 32)
     broken[1, 1, 0, 3] = torch.nan
-    got = native.group_norm_silu(broken, torch.ones(32), torch.zeros(32), None, None, 2, 1e-5, True, None)
+    got = native.group_norm_silu(broken, native.Norm(torch.ones(32), torch.zeros(32), 2, 1e-5))
     assert got[0].isfinite().all() and got[1, ..., :16].isnan().all() and got[1, ..., 16:].isfinite().all()
 
 
 @pytest.mark.skipif(CUDA, reason="of a CPU")
 def test_without_c_the_op_is_its_definition(monkeypatch):
     arguments = make.group_norm_silu((3, 8, 8, 64), 8, torch.float32, style=True)
-    assert torch.equal(ops.group_norm_silu(*arguments), native.group_norm_silu(*arguments))
+    x, gamma, beta, style, which, groups, eps, silu, _ = arguments
+    norm = native.Norm(gamma, beta, groups, eps, style, silu)
+    assert torch.equal(ops.group_norm_silu(*arguments), native.group_norm_silu(x, norm, which))
     monkeypatch.setattr(native, "available", lambda: False)
     assert torch.equal(ops.group_norm_silu(*arguments), reference.group_norm_silu(*arguments))
