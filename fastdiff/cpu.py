@@ -1,11 +1,12 @@
 """A network as a CPU runs it the fastest: convolutions of 3 x 3 with a quarter of the multiplications (Winograd 1980; Lavin & Gray 2016,
-F(4 x 4, 3 x 3)), and GroupNorm, scale, shift and SiLU in one pass over an image.
+F(4 x 4, 3 x 3)), and a residual block's norms, convolutions and sum in one call.
 
     y = A^T [(G w G^T) * (B^T x B)] A
 
 where x is 6 x 6 pixels for 4 x 4 of y, and the product in the middle is one of channels for each of 36 places: 36 matrix products, of all tiles of
-all images. With the outer transforms in C (`native`) that is 1.6 to 1.9 times as fast as the direct convolution for 64 images of 64 to 256 channels
-(benchmarks/bench_cpu.py), of any size that 4 divides. Without a C compiler they are matrix products, too, which pay on images of 4 x 4 pixels alone.
+all images. In C (`native`) that is PLACEHOLDER times as fast as the direct convolution (benchmarks/bench_cpu.py), of any size that 4 divides, and an
+image's bits do not depend on what other images there are. Without a C compiler all are matrix products of PyTorch's, which pay on images of 4 x 4
+pixels alone.
 """
 
 from __future__ import annotations
@@ -16,17 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import native, ops, reference, unet
+from . import native, ops, reference, unet, unet2d
 
-# Fewer channels leave the products too small to pay for the transforms.
+# Without C, fewer channels leave the products too small to pay for the transforms.
 LEAST_CHANNELS = 64
-# Weights are four times as many numbers as those of a direct convolution. Fewer images, unless they are large, do not pay for reading them.
-LEAST_IMAGES, LEAST_TILES = 16, 256
 
 
 class WinogradConv2d(nn.Module):
-    """A 3 x 3 convolution with one pixel of zeros around, of the given one's parameters: fast where 4 divides the image's sides and the images are
-    not few (without C: where the sides are 4), else as it was.
+    """A 3 x 3 convolution with one pixel of zeros around, of the given one's parameters: fast where 4 divides the image's sides (without C: where they
+    are 4), else as it was. In C the bits of an image do not depend on how many there are.
 
     What it computes from the weights is as they were at the last `pack`. Errors are some ten times those of a direct convolution in fp32:
     1e-5 of the largest value.
@@ -41,6 +40,7 @@ class WinogradConv2d(nn.Module):
         self.register_buffer("before", torch.einsum("ap,bq->abpq", bt, bt).reshape(36, 16).float(), persistent=False)
         self.register_buffer("after", torch.einsum("pa,qb->pqab", at, at).reshape(16, 36).float(), persistent=False)
         self.register_buffer("packed", None, persistent=False)
+        self.block: native.Block
         self.stamp: tuple[int, int] | None = None
         self.before: Tensor
         self.after: Tensor
@@ -57,7 +57,7 @@ class WinogradConv2d(nn.Module):
             and module.groups == 1
             and module.weight.dtype == torch.float32
             and module.weight.device.type == "cpu"
-            and min(module.in_channels, module.out_channels) >= LEAST_CHANNELS
+            and (_in_c(module) or min(module.in_channels, module.out_channels) >= LEAST_CHANNELS)
         )
 
     def pack(self) -> None:
@@ -66,15 +66,22 @@ class WinogradConv2d(nn.Module):
         stamp = (weight.data_ptr(), -1 if weight.is_inference() else weight._version)
         if stamp != self.stamp:
             with torch.no_grad():
-                self.packed = reference.winograd_weight(weight)
+                self.packed = reference.winograd_weight(weight) if self.native else reference.winograd_matrices(weight)
             self.stamp = stamp
+        if self.native:
+            self.block = native.Block([self.layer()], alone=True)
+
+    def layer(self, norm: nn.GroupNorm | None = None) -> native.Layer:
+        """The convolution after a norm, as C runs it."""
+        return native.Layer(None if norm is None else _norm(norm), self.packed, self.direct.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
         if self.native and _tiled(x) and not torch.is_grad_enabled():
-            # The dispatcher is for the compiler; without it a call is the sooner there.
-            convolve = ops.winograd_conv3x3 if torch.compiler.is_compiling() else native.winograd_conv3x3
-            made: Tensor = convolve(x, self.packed, self.direct.bias)
+            if torch.compiler.is_compiling():
+                made: Tensor = ops.winograd_conv3x3(x, self.packed, self.direct.bias)
+            else:
+                made = self.block(x)
         elif self.native or (h, w) != (4, 4):
             made = self.direct(x)
         else:
@@ -87,15 +94,27 @@ class WinogradConv2d(nn.Module):
         return made
 
 
+class PairedConv2d(nn.Conv2d):
+    """A convolution of the library's that gives a single image the bits that it has among others: two of it are what the library is given. For one it
+    sums in another order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        single = x.ndim == 4 and len(x) == 1 and not _plainly()
+        return super().forward(x.expand(2, -1, -1, -1))[:1] if single else super().forward(x)
+
+
 def _in_c(convolution: nn.Conv2d) -> bool:
-    """Of convolutions that fit otherwise."""
-    return convolution.in_channels % native.LANES == convolution.out_channels % native.LANES == 0 and native.available()
+    """Whether C does one that fits otherwise, of any size of the kernel."""
+    return convolution.in_channels % native.LANES == convolution.out_channels % native.WIDE == 0 and native.available()
+
+
+def _norm(norm: nn.GroupNorm) -> native.Norm:
+    return native.Norm(norm.weight, norm.bias, norm.num_groups, norm.eps)
 
 
 def _tiled(x: Tensor) -> bool:
-    """Whether images divide into tiles, and into enough of them."""
-    n, _, h, w = x.shape
-    return h % 4 == w % 4 == 0 and (n >= LEAST_IMAGES or n * h * w >= 16 * LEAST_TILES)
+    """Whether images divide into tiles."""
+    return x.shape[2] % 4 == x.shape[3] % 4 == 0
 
 
 def _plainly() -> bool:
@@ -107,32 +126,48 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor, style: Tensor | None = None) -> Ten
     """`unet.norm_silu`, in one pass."""
     if _plainly() or not native.covers(x, x.shape[1]):
         return unet.norm_silu(norm, x, style)
-    made = native.group_norm_silu(x.permute(0, 2, 3, 1), native.Norm(norm.weight, norm.bias, norm.num_groups, norm.eps, style))
+    made = native.group_norm_silu(x.permute(0, 2, 3, 1), _norm(norm), style)
     return made.permute(0, 3, 1, 2)
 
 
 class FusedResBlock(nn.Module):
-    """A `unet.ResBlock` of two convolutions in C, whose images go from one matrix product to the next within the cache."""
+    """A residual block, `unet.ResBlock` or `unet2d.Resnet`, in one call into C: norms, convolutions and what is added, of an image in the cache."""
 
-    def __init__(self, block: unet.ResBlock) -> None:
+    def __init__(self, block: unet.ResBlock | unet2d.Resnet) -> None:
         super().__init__()
         self.block = block
+        self.native: native.Block
+        if isinstance(block, unet2d.Resnet):
+            self.time_emb_proj = block.time_emb_proj  # which makes the style
 
     @staticmethod
-    def fits(module: nn.Module) -> bool:
-        return type(module) is unet.ResBlock and all(WinogradConv2d.fits(conv) and _in_c(conv) for conv in (module.conv1, module.conv2))
+    def fits(module: Any) -> bool:
+        return (
+            type(module) in (unet.ResBlock, unet2d.Resnet)
+            and all(WinogradConv2d.fits(conv) and _in_c(conv) for conv in (module.conv1, module.conv2))
+            and module.norm1.weight.dtype == module.norm2.weight.dtype == torch.float32
+        )
 
-    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+    def pack(self) -> None:
         block = self.block
+        for convolution in (block.conv1, block.conv2):
+            convolution.pack()  # type: ignore[operator]
+        layers = [conv.layer(norm) for norm, conv in ((block.norm1, block.conv1), (block.norm2, block.conv2))]  # type: ignore[operator]
+        if isinstance(block, unet2d.Resnet):
+            shortcut, factor, added = getattr(block, "conv_shortcut", None), block.factor, not block.scaled
+        else:
+            shortcut, factor, added = block.skip if isinstance(block.skip, nn.Conv2d) else None, 1.0, False
+        skip = None
+        if shortcut is not None:
+            skip = reference.panels(shortcut.weight.detach()[:, :, 0, 0].t().float())
+            layers[1] = layers[1]._replace(bias=layers[1].bias + shortcut.bias)
+        self.native = native.Block(layers, skip=skip, times=1 / factor, added=added)
+
+    def forward(self, x: Tensor, style: Tensor, beside: Tensor | None = None) -> Tensor:
         if _plainly() or not _tiled(x) or not native.covers(x):
-            made: Tensor = block(x, style)
+            made: Tensor = self.block(x, style, beside)
             return made
-        stages: list[tuple[nn.GroupNorm, Any, Tensor | None]] = [(block.norm1, block.conv1, None), (block.norm2, block.conv2, style)]
-        parts = [
-            (native.Norm(norm.weight, norm.bias, norm.num_groups, norm.eps, own), conv.packed, conv.direct.bias)
-            for norm, conv, own in stages
-        ]
-        return native.residual_block(x, parts, block.skip(x))
+        return self.native(x, beside, style)
 
 
 def faster(model: nn.Module) -> nn.Module:
@@ -148,6 +183,8 @@ def faster(model: nn.Module) -> nn.Module:
                 setattr(parent, name, WinogradConv2d(child))  # type: ignore[arg-type]
             elif FusedResBlock.fits(child):
                 setattr(parent, name, FusedResBlock(child))  # type: ignore[arg-type]
+            elif type(child) is nn.Conv2d and child.kernel_size != (1, 1):
+                child.__class__ = PairedConv2d
         if hasattr(parent, "norm_silu"):
             parent.norm_silu = norm_silu  # type: ignore[assignment]
     return twin.eval()
@@ -156,5 +193,5 @@ def faster(model: nn.Module) -> nn.Module:
 def pack(model: nn.Module) -> None:
     """Let every replaced convolution of a model take up its weights."""
     for module in model.modules():
-        if isinstance(module, WinogradConv2d):
+        if isinstance(module, (WinogradConv2d, FusedResBlock)):
             module.pack()

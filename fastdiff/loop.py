@@ -19,6 +19,8 @@ from .fused import FusedUNet
 from .noise import counter
 from .reference import COLUMNS, SLOTS
 from .solvers import Table
+from .unet import UNet
+from .unet2d import UNet2D
 
 # Rows in one CUDA graph. A replay costs the host some microseconds, so a sixteenth of that a row; the rest of a loop is replayed row by row.
 CHUNK = 16
@@ -71,22 +73,48 @@ class Network:
     says that it is `indexed`, `body(x, conditions, which)` looks the table up itself."""
 
     def __init__(self, model: nn.Module, num_classes: int | None, compiler: Callable[[Any], Callable[..., Any]] | None) -> None:
-        accelerated = rewrite.accelerated(model)
-        self.model, self.num_classes = model if accelerated else cpu.faster(model), num_classes
+        self.given, self.num_classes, self.compiler = model, num_classes, compiler
+        self.weights: list[Tensor] = []
+        self.stamp: tuple[tuple[int, int], ...] = ()
+        self._build()
         self.refresh()
-        model = self.model
+
+    def _build(self) -> None:
+        accelerated = rewrite.accelerated(self.given)
+        self.model = model = self.given if accelerated else cpu.faster(self.given)
         parts: tuple[Any, Any] = getattr(model, "condition", None), getattr(model, "body", None)
         # An accelerated module is so as a whole, when it is called.
         self.hoisted = callable(parts[0]) and callable(parts[1]) and not accelerated
         self.indexed = getattr(model, "indexed", False)
         call = parts[1] if self.hoisted else model
-        self.call: Callable[..., Any] = compiler(call) if compiler else call
+        self.call: Callable[..., Any] = self.compiler(call) if self.compiler else call
 
     def refresh(self) -> None:
-        """Take up weights that have changed since."""
+        """Take up weights that have changed since: in place, or, on a CPU, where nothing is compiled, others in their stead."""
+        source = self.given.model if isinstance(self.given, FusedUNet) else self.given
+        weights = [*source.parameters(), *source.buffers()]
+        stamp = tuple((w.data_ptr(), -1 if w.is_inference() else w._version) for w in weights)
+        if stamp == self.stamp:
+            return
+        if self.weights and self.model is not self.given and not self.compiler and list(map(id, weights)) != list(map(id, self.weights)):
+            self._build()
         cpu.pack(self.model)
         if isinstance(self.model, FusedUNet):
             self.model.pack()
+        self.weights, self.stamp = weights, stamp
+
+    def answer(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Any:
+        """What the model says as it is, not compiled."""
+        if self.hoisted and not self.indexed:
+            return self.model.body(x, self.condition(t, labels))  # type: ignore[operator]
+        return answered(self.model(x, t) if labels is None else self.model(x, t, labels))
+
+    def condition(self, t: Tensor, labels: Tensor | None) -> Tensor:
+        """Of timesteps and labels [N]. Of so few that a library might sum in another order, more are made."""
+        n, least = len(t), max(len(t), CONDITIONS_ROWS)
+        full = [torch.cat([column, column[-1:].expand(least - n)]) if n else column for column in (t, labels) if column is not None]
+        made: Tensor = self.model.condition(*full)[:n]  # type: ignore[operator]
+        return made
 
     def conditions(self, t: Tensor) -> Tensor:
         """Of timesteps [rows], for every class and the null class: [rows, classes + 1, K]."""
@@ -113,6 +141,7 @@ class Engine:
         self.timesteps = torch.zeros(kind.capacity, device=device, dtype=torch.float32 if kind.fractional else torch.int64)
         self.levels = torch.zeros(kind.capacity + 1, 2, device=device)
         self.conditions: Tensor | None = None
+        self.conditioned: tuple[Any, Tensor] = None, self.timesteps[:0]  # of what weights and timesteps they are
         if network.hoisted:
             example = network.conditions(self.timesteps[:1])
             if kind.capacity * example.nbytes <= CONDITIONS_BYTES:
@@ -132,8 +161,10 @@ class Engine:
         self.timesteps[:n].copy_(t)
         self.levels[: n + 1].copy_(torch.from_numpy(table.levels))
         self.predicted[:n].copy_(torch.from_numpy(table.rows[:, :2]))
-        if self.conditions is not None:
+        if self.conditions is not None and not (self.network.stamp == self.conditioned[0] and torch.equal(t, self.conditioned[1])):
             self.conditions[:n].copy_(self.network.conditions(t))
+            if type(self.network.given) in (UNet, UNet2D, FusedUNet):  # of others, what else it depends on is not known
+                self.conditioned = self.network.stamp, t
         self.learned, self.start, self.scale = table.learned, table.start, table.scale
 
     def grow(self, loops: int) -> None:
@@ -257,7 +288,7 @@ class Loop:
             m = engine.network.call(x, engine.conditions[self.row, labels])
         elif engine.network.hoisted:
             t = engine.timesteps[self.row].expand(n)
-            m = engine.network.call(x, engine.network.model.condition(t, labels if self.labelled else None))  # type: ignore[operator]
+            m = engine.network.call(x, engine.network.condition(t, labels if self.labelled else None))
         else:
             t = engine.timesteps[self.row].expand(n)
             m = engine.network.call(x, t, labels) if self.labelled else engine.network.call(x, t)

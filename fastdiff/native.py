@@ -1,4 +1,4 @@
-"""Kernels in C for the CPU, compiled where there is a C compiler when the first of them is wanted: a quarter of a second, in a folder that is gone
+"""Kernels in C for the CPU, compiled where there is a C compiler when the first of them is wanted: half a second, in a folder that is gone
 at once. Without one the library does as well as PyTorch alone can. CC names the compiler; CC=false does without."""
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import functools
 import logging
+import math
 import os
 import shlex
 import shutil
@@ -20,44 +21,37 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import reference
+
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "kernels" / "cpu.c"
 # Contraction of a * b + c into one instruction is what makes a transform one pass at the speed of the cache.
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 LIBRARIES = ("-lm",)
-# Channels come in vectors of at most so many.
-LANES = 16
-# Bytes of what one transform makes at a time, more than which the caches do not profit from.
-SCRATCH = 32 << 20
+# Channels come in vectors of at most so many, and those of a convolution's result in panels.
+LANES, WIDE = 16, reference.WIDE
+# Tiles of 4 x 4 pixels at a time, or as many as there are channels, if those are more: what is transformed is then as large as the weights are, and
+# neither has the other read from memory time and again.
+TILES = 64
 
 _BUILDING = threading.Lock()
 
 
-# What is nobody's just now.
-_FREE: list[Scratch] = []
-
-
-class Scratch:
-    """Memory for what stands between the transforms, kept for the next that asks: to get it anew from the system costs a tenth of a convolution."""
-
-    def __init__(self) -> None:
-        self.kept: dict[str, Tensor] = {}
-
-    def take(self, name: str, numel: int) -> Tensor:
-        if name not in self.kept or self.kept[name].numel() < numel:
-            with torch.inference_mode(False):  # or nobody could write to it outside of that mode
-                self.kept[name] = torch.zeros(numel)  # finite, also in the row that nobody writes
-        return self.kept[name][:numel]
+# Memory that is nobody's just now. To get it anew from the system costs a tenth of a convolution.
+_FREE: list[Tensor] = []
 
 
 @contextlib.contextmanager
-def _scratch() -> Iterator[Scratch]:
-    """One that no other thread has."""
+def _scratch(numel: int) -> Iterator[Tensor]:
+    """fp32 [numel] that no other thread has, of any values."""
     try:
         mine = _FREE.pop()
     except IndexError:
-        mine = Scratch()
+        mine = torch.empty(0)
+    if mine.numel() < numel:
+        with torch.inference_mode(False):  # or nobody could use it outside of that mode
+            mine = torch.empty(numel)
     try:
         yield mine
     finally:
@@ -85,12 +79,11 @@ def _library() -> ctypes.CDLL | None:
         why = (e.stderr.strip() or f"exit code {e.returncode}") if isinstance(e, subprocess.CalledProcessError) else str(e)
         log.info("networks by PyTorch alone: %s cannot compile the kernels: %s", compiler[0], why.splitlines()[0])
         return None
-    pointer, norm, number = ctypes.c_void_p, ctypes.POINTER(_Norm), ctypes.c_long
+    pointer, number = ctypes.c_void_p, ctypes.c_long
     for name, arguments in {
-        "group_norm_silu": [pointer, pointer, norm, pointer, *[number] * 3, pointer],
-        "winograd_into": [pointer, pointer, norm, *[number] * 5, pointer],
-        "winograd_between": [pointer, pointer, norm, pointer, *[number] * 5, pointer],
-        "winograd_out_of": [pointer, pointer, pointer, pointer, *[number] * 5],
+        "noise": [pointer, pointer, pointer, number, pointer, pointer, number, number],
+        "group_norm_silu": [pointer, pointer, ctypes.POINTER(_Norm), pointer, number, pointer, *[number] * 3, pointer],
+        "block": [ctypes.POINTER(_Block), pointer, pointer, number, pointer, number, pointer, *[number] * 4, pointer],
     }.items():
         function = getattr(library, f"fastdiff_{name}")
         function.argtypes, function.restype = arguments, None
@@ -101,38 +94,66 @@ class _Norm(ctypes.Structure):
     """`struct norm` of kernels/cpu.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("gamma", "beta", "scale", "shift")),
-        ("groups", ctypes.c_long), ("stride", ctypes.c_long), ("eps", ctypes.c_float), ("silu", ctypes.c_int),
+        ("gamma", ctypes.c_void_p), ("beta", ctypes.c_void_p), ("groups", ctypes.c_long), ("eps", ctypes.c_float), ("silu", ctypes.c_int),
+    )  # fmt: skip
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("norm", _Norm), ("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("c_in", ctypes.c_long), ("c_out", ctypes.c_long),
+    )  # fmt: skip
+
+
+class _Block(ctypes.Structure):
+    _fields_ = (
+        ("layers", _Layer * 2), ("count", ctypes.c_long), ("skip", ctypes.c_void_p), ("times", ctypes.c_float), ("alone", ctypes.c_int),
+        ("added", ctypes.c_int),
     )  # fmt: skip
 
 
 class Norm(NamedTuple):
-    """GroupNorm of `groups` groups, fp32 gamma and beta [C]; style: fp32 [M, 2 C], scale then shift, or None; then SiLU, or not."""
+    """GroupNorm of `groups` groups, fp32 gamma and beta [C]; then SiLU, or not."""
 
     gamma: Tensor
     beta: Tensor
     groups: int
     eps: float
-    style: Tensor | None = None
     silu: bool = True
 
     def checked(self, channels: int) -> Norm:
         """Of memory that C reads."""
-        gamma, beta, groups, _, style, _ = self
-        assert gamma.shape == beta.shape == (channels,) and channels % groups == 0, "gamma and beta must be [C], of groups that divide C"
-        assert style is None or (style.ndim == 2 and style.shape[1] == 2 * channels), "style must be [M, 2 C]"
-        if style is not None and (style.dtype != torch.float32 or style.stride(1) != 1):
-            style = style.float().contiguous()
-        return self._replace(gamma=_dense(gamma), beta=_dense(beta), style=style)
+        assert self.gamma.shape == self.beta.shape == (channels,), "gamma and beta must be [C]"
+        assert self.groups > 0 and channels % self.groups == 0, "groups must divide C"
+        return self._replace(gamma=_dense(self.gamma), beta=_dense(self.beta))
 
-    def struct(self, row: int = 0) -> _Norm:
-        """What C is told: `row` is that of the first image. It knows addresses alone; the Norm must outlive the call."""
-        scale = shift = stride = 0
-        if self.style is not None:
-            stride = self.style.stride(0)
-            scale = self.style.data_ptr() + 4 * row * stride
-            shift = scale + 2 * self.style.shape[1]
-        return _Norm(self.gamma.data_ptr(), self.beta.data_ptr(), scale or None, shift or None, self.groups, stride, self.eps, self.silu)
+    def struct(self) -> _Norm:
+        """What C is told: addresses, of what must outlive them."""
+        return _Norm(self.gamma.data_ptr(), self.beta.data_ptr(), self.groups, self.eps, self.silu)
+
+
+class Layer(NamedTuple):
+    """A 3 x 3 convolution of what norm makes of the images. weight: `reference.winograd_weight`; bias: [C'] or None."""
+
+    norm: Norm | None
+    weight: Tensor
+    bias: Tensor | None
+
+    def checked(self) -> Layer:
+        places, panels, c_in, wide = self.weight.shape
+        assert (places, wide) == (36, WIDE) and self.weight.dtype == torch.float32, (
+            "the weight must be as reference.winograd_weight makes it"
+        )
+        assert self.bias is None or self.bias.shape == (panels * WIDE,), "the bias must be [C']"
+        norm, bias = None if self.norm is None else self.norm.checked(c_in), None if self.bias is None else _dense(self.bias)
+        return Layer(norm, self.weight.detach().contiguous(), bias)
+
+    def struct(self) -> _Layer:
+        norm = _Norm() if self.norm is None else self.norm.struct()
+        return _Layer(norm, self.weight.data_ptr(), None if self.bias is None else self.bias.data_ptr(), *self.channels)
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        return self.weight.shape[2], self.weight.shape[1] * WIDE
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -140,92 +161,138 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def covers(x: Tensor, *channels: int) -> bool:
-    """Whether the kernels take images such as x, fp32 on the CPU, in and out of so many channels."""
+    """Whether the kernels take images such as x, fp32 on the CPU, of so many channels."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and not any(c % LANES for c in channels) and available()
 
 
-def group_norm_silu(x: Tensor, norm: Norm, which: Tensor | None = None) -> Tensor:
+def noise_words(seeds: Tensor, ids: Tensor, counter: Tensor, quads: int) -> Tensor:
+    """See `reference.noise_words`."""
+    return _noise(seeds, ids, counter, torch.empty(len(ids), quads, 4, dtype=torch.int64))
+
+
+def normal(seeds: Tensor, ids: Tensor, counter: Tensor, numel: int) -> Tensor:
+    """See `reference.normal`; its sums, roots and cosines are rounded otherwise in the last bits."""
+    return _noise(seeds, ids, counter, torch.empty(len(ids), numel))
+
+
+def _noise(seeds: Tensor, ids: Tensor, counter: Tensor, made: Tensor) -> Tensor:
+    library, n = _library(), len(ids)
+    seeds, ids, counter = (column.to("cpu", torch.int64).contiguous() for column in (seeds, ids, counter.reshape(-1)))
+    assert library is not None and seeds.shape == ids.shape == (n,) and len(counter) in (1, n), (
+        "give a seed for each id, and a counter for each or all"
+    )
+    words, z = (made.data_ptr(), None) if made.dtype == torch.int64 else (None, made.data_ptr())
+    if made.numel():
+        step = int(len(counter) == n)
+        library.fastdiff_noise(seeds.data_ptr(), ids.data_ptr(), counter.data_ptr(), step, words, z, n, made[0].numel())
+    return made
+
+
+def group_norm_silu(x: Tensor, norm: Norm, style: Tensor | None = None, which: Tensor | None = None) -> Tensor:
     """See `reference.group_norm_silu`. x: fp32 [N, H, W, C] on the CPU, C a multiple of 16. which: rows of the style, int64 [N], or None for row i."""
     library = _library()
     n, height, width, channels = x.shape
     assert library is not None and covers(x, channels)
-    norm = norm.checked(channels)
-    rows = 0 if norm.style is None else len(norm.style)
+    norm, style = norm.checked(channels), _rows(style, 2 * channels)
     if which is not None:
         which = which.contiguous()
+        rows = 0 if style is None else len(style)
         assert which.shape == (n,) and which.dtype == torch.int64 and (n == 0 or (which.min() >= 0 and which.max() < rows)), (
             "which must be rows of style"
         )
-    assert norm.style is None or which is not None or rows == n, "style must have a row for each image"
+    assert style is None or which is not None or len(style) == n, "style must have a row for each image"
     x = x.contiguous()
     y = torch.empty_like(x)
-    with _scratch() as scratch:
+    with _scratch(4 * channels) as scratch:
         library.fastdiff_group_norm_silu(
-            x.data_ptr(), y.data_ptr(), norm.struct(), None if which is None else which.data_ptr(), n, height * width, channels,
-            scratch.take("image", 4 * channels).data_ptr(),
+            x.data_ptr(), y.data_ptr(), norm.struct(), *_told(style), None if which is None else which.data_ptr(), n, height * width, channels,
+            scratch.data_ptr(),
         )  # fmt: skip
     return y
 
 
-def _parts(n: int, numbers: int) -> Iterator[tuple[int, int]]:
-    """(start, images) of parts as even as can be, of n images with so many numbers each at a time between two transforms."""
-    size = max(1, -(-n // max(1, -(-4 * n * numbers // SCRATCH))))
-    for start in range(0, n, size):
-        yield start, min(size, n - start)
+def _rows(style: Tensor | None, size: int) -> Tensor | None:
+    """A style whose rows C reads."""
+    if style is None:
+        return None
+    assert style.ndim == 2 and style.shape[1] == size, f"style must be [M, {size}]"
+    return style if style.dtype == torch.float32 and style.stride(1) == 1 else _dense(style)
 
 
-def winograd_conv3x3(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """See `reference.winograd_conv3x3`. On the CPU, in fp32, of sides that are multiples of 4 and channels that are multiples of 16."""
-    return _convolved(x, [(None, packed, bias)], None)
+def _told(style: Tensor | None) -> tuple[int | None, int]:
+    return (None, 0) if style is None else (style.data_ptr(), style.stride(0))
 
 
-def residual_block(x: Tensor, convolutions: Sequence[tuple[Norm | None, Tensor, Tensor | None]], skip: Tensor) -> Tensor:
-    """skip + conv(norm(conv(norm(x)))), for two norms, packed weights and biases. x and skip: fp32 [N, C, H, W], as `winograd_conv3x3` takes them."""
-    return _convolved(x, convolutions, skip)
+class Block:
+    """times (x' + layers(x)) of one or two layers, each after the other. x': x by default; with `skip` [C, C'] in `reference.panels`, x skip; with
+    `alone` nothing.
 
+    A call's style [N, 2 C] is scale and shift of the last layer's norm, or, with `added`, [N, C] that is added to what this norm is of.
+    """
 
-def _convolved(x: Tensor, convolutions: Sequence[tuple[Norm | None, Tensor, Tensor | None]], skip: Tensor | None) -> Tensor:
-    library = _library()
-    n, c, h, w = x.shape
-    out = convolutions[-1][1].shape[2]
-    assert library is not None and covers(x, c, out) and h % 4 == w % 4 == 0
-    x = x.contiguous(memory_format=torch.channels_last)
-    checked = []
-    for norm, packed, bias in convolutions:
-        assert packed.shape == (36, c, packed.shape[2]) and packed.shape[2] % LANES == 0 and packed.dtype == torch.float32
-        assert bias is None or bias.shape == packed.shape[2:]
-        if norm is not None:
-            norm = norm.checked(c)
-            assert norm.style is None or len(norm.style) == n, "style must have a row for each image"
-        checked.append((norm, packed.contiguous(), None if bias is None else _dense(bias)))
-        c = packed.shape[2]
-    if skip is not None:
-        assert skip.shape == (n, out, h, w) and covers(skip)
-        skip = skip.contiguous(memory_format=torch.channels_last)
-    y = torch.empty(n, h, w, out)
-    tiles, widest = h * w // 16, max(x.shape[1], *(packed.shape[2] for _, packed, _ in checked))
-    with _scratch() as scratch:
-        image = scratch.take("image", (4 + h * w) * widest).data_ptr()
-        for start, images in _parts(n, 36 * tiles * widest):
-            # One row more than there are tiles, so that the 36 places do not lie powers of two apart and drive each other from the cache.
-            rows = images * tiles + 1
-            made, before = None, None
-            for norm, packed, bias in checked:
-                _, c, c_out = packed.shape
-                places = scratch.take("places", 36 * rows * c)
-                told = None if norm is None else norm.struct(start)
-                if made is None:
-                    source = x.data_ptr() + 4 * start * h * w * c
-                    library.fastdiff_winograd_into(source, places.data_ptr(), told, images, h, w, c, rows * c, image)
-                else:
-                    shift = None if before is None else before.data_ptr()
-                    library.fastdiff_winograd_between(made.data_ptr(), shift, told, places.data_ptr(), images, h, w, c, rows * c, image)
-                made, before = scratch.take("made", 36 * rows * c_out), bias
-                torch.bmm(places.view(36, rows, c), packed, out=made.view(36, rows, c_out))
-            assert made is not None
-            at = 4 * start * h * w * out
-            library.fastdiff_winograd_out_of(
-                made.data_ptr(), None if before is None else before.data_ptr(), None if skip is None else skip.data_ptr() + at,
-                y.data_ptr() + at, images, h, w, out, rows * out,
+    def __init__(
+        self, layers: Sequence[Layer], *, skip: Tensor | None = None, times: float = 1.0, alone: bool = False, added: bool = False
+    ) -> None:
+        self.layers, self.added = [layer.checked() for layer in layers], added
+        first, last = (self.layers[i].channels for i in (0, -1))
+        assert 1 <= len(self.layers) <= 2 and not first[0] % LANES
+        if len(self.layers) == 2:
+            assert self.layers[1].norm is not None and first[1] == last[0], (
+                "the second layer must have a norm, and take the first one's channels"
+            )
+        self.c_in, self.c_out, self.widest = first[0], last[1], max(*first, *last)
+        self.skip = None if skip is None else skip.detach().contiguous()
+        if self.skip is not None:
+            assert self.skip.shape == (last[1] // WIDE, first[0], WIDE) and self.skip.dtype == torch.float32 and not alone, (
+                "skip must be panels of [C, C']"
+            )
+        else:
+            assert alone or first[0] == last[1], "without a skip, what comes in must have as many channels as the result"
+        styled = self.layers[-1]
+        self.style = 0 if styled.norm is None else styled.channels[0] if added else 2 * styled.channels[0]
+        layouts = (_Layer * 2)(*[layer.struct() for layer in self.layers])
+        self.told = _Block(layouts, len(self.layers), None if self.skip is None else self.skip.data_ptr(), times, alone, added)
+
+    def takes(self, x: Tensor) -> bool:
+        return covers(x) and x.shape[2] % 4 == x.shape[3] % 4 == 0
+
+    def __call__(self, x: Tensor, beside: Tensor | None = None, style: Tensor | None = None) -> Tensor:
+        """x: fp32 [N, C, H, W] on the CPU, H and W multiples of 4, and beside, or None, whose channels are taken after those of x. Returns fp32
+        [N, C', H, W], channels-last."""
+        library = _library()
+        n, c, h, w = x.shape
+        assert library is not None and self.takes(x)
+        x, c_beside = x.contiguous(memory_format=torch.channels_last), 0
+        if beside is not None:
+            c_beside = beside.shape[1]
+            assert self.takes(beside) and beside.shape == (n, c_beside, h, w), "beside must be of the size of x"
+            beside = beside.contiguous(memory_format=torch.channels_last)
+        assert c + c_beside == self.c_in, f"there must be {self.c_in} channels"
+        style = _rows(style, self.style)
+        assert style is None or (self.style and len(style) == n), "style must have a row for each image, and a norm"
+        y = torch.empty(n, h, w, self.c_out)
+        tiles = h * w // 16
+        part = _part(n, tiles, self.widest)
+        with _scratch(_scratch_numel(part, h, w, self.widest)) as scratch:
+            library.fastdiff_block(
+                self.told, x.data_ptr(), None if beside is None else beside.data_ptr(), c_beside, *_told(style), y.data_ptr(), n, h, w, part,
+                scratch.data_ptr(),
             )  # fmt: skip
-    return y.permute(0, 3, 1, 2)
+        return y.permute(0, 3, 1, 2)
+
+
+def _scratch_numel(part: int, height: int, width: int, channels: int) -> int:
+    """What C wants room for: see `fastdiff_block`."""
+    pixels = height * width
+    return (5 + 2 * pixels + 72 * (part * pixels // 16 + 1)) * channels
+
+
+def _part(n: int, tiles: int, channels: int) -> int:
+    """How many of n images, of so many tiles each, at a time: in parts as even as can be."""
+    most = max(1, max(TILES, channels) // tiles)
+    return max(1, math.ceil(n / max(1, math.ceil(n / most))))
+
+
+def winograd_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See `reference.winograd_conv3x3`. On the CPU, in fp32, of channels that are multiples of 16, and 32 of the result."""
+    return Block([Layer(None, weight, bias)], alone=True)(x)

@@ -30,6 +30,11 @@ def _(*args: Any) -> Any:
     return kernel.noise_words(*args)
 
 
+@noise_words.register_kernel("cpu")
+def _(*args: Any) -> Any:
+    return (native if native.available() else reference).noise_words(*args)
+
+
 @noise_words.register_fake
 def _(seeds: Tensor, ids: Tensor, counter: Tensor, quads: int) -> Tensor:
     return seeds.new_empty(len(seeds), quads, 4)
@@ -46,6 +51,16 @@ def _(*args: Any) -> Any:
     from .kernels import normal as kernel
 
     return kernel.normal(*args)
+
+
+@normal.register_kernel("cpu")
+def _(*args: Any) -> Any:
+    return _normal(*args)
+
+
+def _normal(seeds: Tensor, ids: Tensor, counter: Tensor, numel: int) -> Tensor:
+    """The noise stream on a CPU."""
+    return native.normal(seeds, ids, counter, numel) if native.available() else reference.normal(seeds, ids, counter, numel).contiguous()
 
 
 @normal.register_fake
@@ -74,6 +89,14 @@ def _(*args: Any) -> Any:
     from .kernels import add_noise as kernel
 
     return kernel.add_noise(*args)
+
+
+@add_noise.register_kernel("cpu")
+def _(x0: Tensor, t: Tensor, table: Tensor, noise: Any, seeds: Any, ids: Any, counter: Any, target: bool) -> Any:
+    if noise is None:
+        noise = _normal(seeds, ids, counter, x0[0].numel() if len(x0) else 0).reshape(x0.shape)
+    x_t, wanted = reference.add_noise(x0, t, table, noise, None, None, None, target)
+    return x_t.contiguous(), wanted.contiguous()
 
 
 @add_noise.register_fake
@@ -106,6 +129,18 @@ def _(*args: Any) -> None:
     kernel.solver_step(*args)
 
 
+@solver_step.register_kernel("cpu")
+def _(x: Tensor, x0: Tensor, m: Tensor, model_input: Tensor, history: Tensor, table: Tensor, row: Tensor, *args: Any) -> None:
+    seeds, ids, guidance, *given = args
+    noise = given[0] if given else None
+    if noise is None and len(x) and table[row.reshape(()), _NOISE] != 0:
+        noise = _normal(seeds, ids, row, x[0].numel()).reshape(x.shape)
+    reference.solver_step(x, x0, m, model_input, history, table, row, seeds, ids, guidance, noise)
+
+
+_NOISE = reference.COLUMNS.index("s")
+
+
 @solver_step.register_fake
 def _(*args: Any) -> None:
     return None
@@ -135,6 +170,14 @@ def _(*args: Any) -> Any:
     from .kernels import scheduler_step as kernel
 
     return kernel.scheduler_step(*args)
+
+
+@scheduler_step.register_kernel("cpu")
+def _(m: Tensor, x: Tensor, table: Tensor, rows: Tensor, noise: Any, seeds: Any, ids: Any, *rest: Any) -> Any:
+    if noise is None and seeds is not None and ids is not None and len(x):
+        noise = _normal(seeds, ids, table[rows, -1].long(), x[0].numel()).reshape(x.shape)
+    out, x0 = reference.scheduler_step(m, x, table, rows, noise, None, None, *rest)
+    return out.contiguous(), x0.contiguous()
 
 
 @scheduler_step.register_fake
@@ -170,7 +213,7 @@ def _(x: Tensor, *args: Any) -> Any:
 def _(x: Tensor, *args: Any) -> Any:
     gamma, beta, style, which, groups, eps, silu, inverse = args
     if inverse is None and native.covers(x, x.shape[-1]):
-        return native.group_norm_silu(x, native.Norm(gamma, beta, groups, eps, style, silu), which)
+        return native.group_norm_silu(x, native.Norm(gamma, beta, groups, eps, silu), style, which)
     return reference.group_norm_silu(x, *args).contiguous()
 
 
@@ -305,7 +348,7 @@ def _(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 @winograd_conv3x3.register_fake
 def _(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     n, _, height, width = x.shape
-    return x.new_empty(n, packed.shape[2], height, width).to(memory_format=torch.channels_last)
+    return x.new_empty(n, packed.shape[1] * reference.WIDE, height, width).to(memory_format=torch.channels_last)
 
 
 def has_kernels(device: torch.device) -> bool:

@@ -326,6 +326,9 @@ def up_weight(weight: Tensor) -> Tensor:
     return weight.contiguous()
 
 
+# Columns of a matrix in a CPU's registers at a time.
+WIDE = 32
+
 # Winograd's method for 4 x 4 results of a 3 x 3 convolution: Lavin & Gray 2016, section 4.3.
 WINOGRAD_BT = [
     [4, 0, -5, 0, 1, 0],
@@ -346,10 +349,20 @@ WINOGRAD_G = [
 WINOGRAD_AT = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
 
 
-def winograd_weight(weight: Tensor) -> Tensor:
+def panels(matrix: Tensor) -> Tensor:
+    """[..., K, N] as a CPU multiplies by it: 32 columns at a time, [..., N / 32, K, 32]. N: a multiple of 32."""
+    return torch.stack(torch.split(matrix, WIDE, dim=-1), dim=-3)
+
+
+def winograd_matrices(weight: Tensor) -> Tensor:
     """G w G^T of a 3 x 3 convolution's weight [C', C, 3, 3]: fp32 [36, C, C']."""
     g = torch.tensor(WINOGRAD_G, dtype=torch.float64, device=weight.device)
     return torch.einsum("ia,jb,ocab->ijco", g, g, weight.double()).reshape(36, *weight.shape[1::-1]).float().contiguous()
+
+
+def winograd_weight(weight: Tensor) -> Tensor:
+    """`winograd_matrices` as `panels`, fp32 [36, C' / 32, C, 32]."""
+    return panels(winograd_matrices(weight))
 
 
 def winograd_conv3x3(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -358,12 +371,13 @@ def winograd_conv3x3(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     x: fp32 [N, C, H, W], H and W multiples of 4. packed: `winograd_weight`. bias: fp32 [C'] or None. Returns fp32 [N, C', H, W], channels-last. A
     quarter of the direct convolution's multiplications, and some ten times its error: 1e-5 of the largest value.
     """
-    (n, c, h, w), out = x.shape, packed.shape[2]
+    matrices = packed.transpose(1, 2).flatten(2)  # [36, C, C']
+    (n, c, h, w), out = x.shape, matrices.shape[2]
     tiles = h * w // 16
     bt, at = torch.tensor(WINOGRAD_BT).to(x), torch.tensor(WINOGRAD_AT).to(x)
     pixels = F.unfold(x, 6, padding=1, stride=4).view(n, c, 6, 6, tiles)
     places = torch.einsum("ip,jq,ncpqt->ijntc", bt, bt, pixels).reshape(36, n * tiles, c)
-    made = torch.bmm(places, packed).view(6, 6, n, tiles, out)
+    made = torch.bmm(places, matrices).view(6, 6, n, tiles, out)
     y = F.fold(torch.einsum("pi,qj,ijnto->nopqt", at, at, made).reshape(n, 16 * out, tiles), (h, w), 4, stride=4)
     y = y if bias is None else y + bias[:, None, None]
     return y.contiguous(memory_format=torch.channels_last)

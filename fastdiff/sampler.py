@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from . import fused, noise, ops, rewrite, solvers, tuned, ways
 from .devices import pick_device
-from .loop import BUILDING, CHUNK, Engine, Guide, Kind, Loop, Network, State, answered
+from .loop import BUILDING, CHUNK, Engine, Guide, Kind, Loop, Network, State
 from .noise import column64, signed
 from .progress import calm_bar
 from .schedules import Schedule, whole
@@ -32,11 +32,14 @@ from .unet import UNet
 
 __all__ = ["Sampler", "State", "Trajectory"]
 
-# Rows of one network call when micro_batch is "auto". CPU: 64 was as fast as 128 and faster than 16 and 32 on two cores (docs/network.md).
+# Rows of one network call when micro_batch is "auto". CPU: 64 was as fast as 128 and faster than 16 (docs/network.md).
 # CUDA: enough to fill the chip; one shape for all, so that images do not depend on how many are asked for.
 AUTO_ROWS = {"cpu": 64, "cuda": 1024}
-# Fewer rows, so that few images occupy all cores too: only where the network gives the same bits (see `_same_bits`), which below 16 it does not.
-FEWER_ROWS = (32, 16)
+# Fewer rows, so that few images occupy all cores, and fill none up: only where the network gives the same bits (see `_same_bits`).
+FEWER_ROWS = (32, 16, 8, 4, 2, 1)
+# A call of the network takes a CPU as long as this many rows more would; and, since its cores read the weights from the same memory, no less than so
+# many for each of them.
+CALL_ROWS, CORE_ROWS = 8, 6
 # Compiled code is made for one shape only, so it is one that suits few images and many.
 COMPILED_ROWS = 32
 # Images that the scales of fp8 are taken from: a few of every class, over the whole of the solver's walk.
@@ -208,24 +211,28 @@ class Sampler:
             return min(FEWER_ROWS[0] // halves, room)
         if n is None or n * halves >= 2 * threads * same[0]:
             return min(same[0] // halves, room)
+        same = tuple(rows for rows in same if rows >= halves)
         if mixed:
             same = tuple(rows for rows in same if rows == same[0] or {rows // 2, same[0] // 2} <= set(same))
-        # Rounds of all threads, times images in each. A call of fewer rows is some percent slower an image.
-        cost = {rows: math.ceil(math.ceil(n * halves / rows) / threads) * rows * (1 + 0.03 * i) for i, rows in enumerate(same)}
-        return min(min(cost, key=cost.__getitem__) // halves, room)
+
+        def cost(rows: int) -> int:
+            calls = math.ceil(n * halves / rows)
+            return math.ceil(calls / threads) * max(rows + CALL_ROWS, min(calls, threads) * CORE_ROWS)
+
+        return min(min(same, key=cost) // halves, room)
 
     def _same_bits(self) -> tuple[int, ...]:
         """Rows of a network call, the most first, that all give the same bits, by trying: for another shape a library may sum in another order."""
         while self._equal is None:
             most = min(AUTO_ROWS["cpu"], self._room)
             x = noise.normal(0, range(most), 0, self.shape, stream="draw").to(self.dtype)
-            columns = [x, self.table.tensors("cpu")[1][:1].expand(most)]
-            if self.num_classes is not None:
-                columns.append(torch.arange(most) % (self.num_classes + 1))
-            model = self._take_network().model
+            labels = None if self.num_classes is None else torch.arange(most) % (self.num_classes + 1)
+            t, network = self.table.tensors("cpu")[1][:1], self._take_network()
 
-            def call(start: int, stop: int, columns: list[Tensor] = columns, model: nn.Module = model) -> Any:
-                return answered(model(*(column[start:stop] for column in columns)))
+            def call(
+                start: int, stop: int, x: Tensor = x, t: Tensor = t, labels: Tensor | None = labels, network: Network = network
+            ) -> Any:
+                return network.answer(x[start:stop], t.expand(stop - start), None if labels is None else labels[start:stop])
 
             try:
                 with torch.no_grad(), _evaluating(self.model), _one_thread():
@@ -238,7 +245,7 @@ class Sampler:
                             for rows in FEWER_ROWS
                             if fits
                             and rows < most
-                            and all(torch.equal(call(i, i + rows), full[i : i + rows]) for i in range(0, most, rows))
+                            and all(torch.equal(call(i, i + rows), full[i : i + rows]) for i in range(0, most, max(rows, most // 4)))
                         ),
                     )
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
@@ -247,10 +254,17 @@ class Sampler:
                 self._room = most // 2
         return self._equal
 
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        """One call at a time; without gradients, but with tensors that can be written to after the caller's inference mode; on a CPU on one core."""
+        place = _one_thread() if self.device.type == "cpu" else contextlib.nullcontext()
+        with self._lock, torch.inference_mode(False), torch.no_grad(), place:
+            yield
+
     def warmup(self, guided: bool = False, workers: int = 1, n: int | None = None) -> float:
         """Build what the first call would: buffers, compiled code, CUDA graphs. n: for that many images. Returns the seconds it took."""
         began = time.perf_counter()
-        with self._lock:
+        with self._working():
             kind = self._kind(self.table, guided, self.size(guided, n), threshold=self.threshold)
             self._build(kind, self.table, (guided,) * len(self.table), workers)
         return time.perf_counter() - began
@@ -261,7 +275,7 @@ class Sampler:
 
         n: as for `warmup`. Libraries choose by the model of the processor, by their version and by environment variables in what order to sum.
         """
-        with self._lock, torch.no_grad():
+        with self._working():
             kind = self._kind(self.table, guided, self.size(guided, n), threshold=self.threshold)
             engine = self._build(kind, self.table, (guided,) * len(self.table), 1)
             (loop, *_) = engine.loops
@@ -271,8 +285,8 @@ class Sampler:
             with _evaluating(self.model), _one_thread() if self.device.type == "cpu" else torch.cuda.device(self.device):
                 loop.begin(torch.zeros_like(ids), ids, labels, weights)
                 loop.advance(guided, 1)
-            # Of so many images as there are in the smallest of the micro-batches that give the same bits.
-            return hashlib.sha256(loop.x[: FEWER_ROWS[-1] // 2].cpu().numpy().tobytes()).hexdigest()[:16]
+            # Of one image, which the smallest of the micro-batches that give the same bits has, too.
+            return hashlib.sha256(loop.x[:1].cpu().numpy().tobytes()).hexdigest()[:16]
 
     def measure(self, guided: bool = False, rounds: int = 5) -> dict[str, float]:
         """Milliseconds of one row, for each way the network can run here: "eager", "compiled", and of a UNet on CUDA "fused". Median of `rounds`,
@@ -282,7 +296,7 @@ class Sampler:
         ($FASTDIFF_CACHE), where `compile="auto"` looks it up. Compiling takes from seconds to minutes, the first time.
         """
         found: dict[str, list[float]] = {}
-        with self._lock, torch.no_grad():
+        with self._working():
             runs: dict[str, Callable[[], None]] = {}
             own = isinstance(self.model, UNet) and self.device.type == "cuda"
             accelerated = rewrite.accelerated(self.model)
@@ -625,8 +639,8 @@ class Sampler:
         def names(i: int) -> str:
             return f"sample {first + i}" if seeds is None else f"sample 0 of seed {int(columns['seeds'][i])}"
 
-        out = torch.empty(n, *self.shape, device=self.device)
-        with self._lock:
+        with self._working():
+            out = torch.empty(n, *self.shape, device=self.device)
             while True:
                 size = self.size(guided, n, mixed=guided and not all(rows))
                 kind = self._kind(table, guided, size, "known" in columns, threshold, guide, noise is not None)
@@ -858,7 +872,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         users, training = _RUNNING.get(model, (0, []))
         if users == 0:
             training = [module for module in model.modules() if module.training]
-            model.eval()
+            if training:
+                model.eval()
         _RUNNING[model] = users + 1, training
     try:
         yield
@@ -939,7 +954,13 @@ def _one_thread() -> Iterator[None]:
 
 
 def _share(starts: Sequence[int], workers: Sequence[Callable[[int], Iterator[None]]]) -> None:
-    """Let each worker, on a thread and a core of its own, take starts until none are left. An error or Ctrl-C stops all after their row."""
+    """Let each worker, on a thread and a core of its own, take starts until none are left. An error or Ctrl-C stops all after their row. A worker alone
+    works on the caller's thread."""
+    if len(workers) == 1:
+        with torch.no_grad(), _one_thread():
+            for start in starts:
+                collections.deque(workers[0](start), maxlen=0)
+        return
     todo: queue.SimpleQueue[int] = queue.SimpleQueue()
     for start in starts:
         todo.put(start)

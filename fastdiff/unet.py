@@ -102,7 +102,8 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor, style: Tensor | None = None) -> Ten
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))) * (1 + scale) + shift)): scale and shift, the style, say which timestep and class it is."""
+    """x + conv(silu(norm(conv(silu(norm(x)))) * (1 + scale) + shift)): scale and shift, the style, say which timestep and class it is. Channels that
+    stand beside those of x are taken after them."""
 
     norm_silu = staticmethod(norm_silu)  # `cpu` has another
 
@@ -116,7 +117,9 @@ class ResBlock(nn.Module):
         # Zero: every block starts as its skip alone (Goyal et al. 2017), and the network as zero.
         nn.init.zeros_(self.conv2.weight)
 
-    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+    def forward(self, x: Tensor, style: Tensor, beside: Tensor | None = None) -> Tensor:
+        if beside is not None:
+            x = torch.cat([x, beside], dim=1)
         h = self.conv1(self.norm_silu(self.norm1, x))  # [N, c_out, H, W]
         out: Tensor = self.skip(x) + self.conv2(self.norm_silu(self.norm2, h, style))
         return out
@@ -181,7 +184,7 @@ class UNet(nn.Module):
         for i, block in enumerate(self.up):
             if i and i % blocks == 0:
                 h = self.grow[i // blocks - 1](F.interpolate(h, scale_factor=2.0, mode="nearest"))
-            h = block(torch.cat([h, skips.pop()], dim=1), next(styles))
+            h = block(h, next(styles), skips.pop())
         return F.pixel_shuffle(self.head(self.norm_silu(self.norm, h)), self.config.patch).contiguous()
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:

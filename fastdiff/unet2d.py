@@ -158,7 +158,8 @@ class UNet2DConfig:
 
 
 class Resnet(nn.Module):
-    """skip(x) + conv2(silu(norm2(conv1(silu(norm1(x))) + style))), or, with scale_shift, the style a scale and shift of norm2's result."""
+    """skip(x) + conv2(silu(norm2(conv1(silu(norm1(x))) + style))), or, with scale_shift, the style a scale and shift of norm2's result. Channels that
+    stand beside those of x are taken after them."""
 
     norm_silu = staticmethod(norm_silu)
 
@@ -173,7 +174,9 @@ class Resnet(nn.Module):
         if c_in != c_out:
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
-    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+    def forward(self, x: Tensor, style: Tensor, beside: Tensor | None = None) -> Tensor:
+        if beside is not None:
+            x = torch.cat([x, beside], dim=1)
         h = self.conv1(self.norm_silu(self.norm1, x))
         h = self.norm_silu(self.norm2, h, style) if self.scaled else self.norm_silu(self.norm2, h + style[:, :, None, None])
         h = self.conv2(h)
@@ -326,7 +329,7 @@ class UNet2D(nn.Module):
         h = self.mid_block.resnets[1](h, next(styles))
         for stage in self.up_blocks:
             for j, resnet in enumerate(stage.resnets):  # type: ignore[arg-type, union-attr]
-                h = resnet(torch.cat([h, skips.pop()], dim=1), next(styles))
+                h = resnet(h, next(styles), skips.pop())
                 if hasattr(stage, "attentions"):
                     h = stage.attentions[j](h)  # type: ignore[index, operator]
             if hasattr(stage, "upsamplers"):

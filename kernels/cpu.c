@@ -1,11 +1,12 @@
-/* What a network does on a CPU between its matrix products, image by image, while an image is in the cache: GroupNorm, scale, shift and SiLU (Wu & He
-   2018), and the two transforms of a 3 x 3 convolution by Winograd's method (Lavin & Gray 2016, F(4 x 4, 3 x 3)). fastdiff/native.py compiles this where
-   there is a C compiler; fastdiff/reference.py says what it computes.
+/* What a sampler does on a CPU: the noise stream; and a network's GroupNorm, scale, shift and SiLU (Wu & He 2018), and 3 x 3 convolutions by Winograd's
+   method (Lavin & Gray 2016, F(4 x 4, 3 x 3)), whose images go from one matrix product to the next within the cache. fastdiff/native.py compiles this
+   where there is a C compiler; fastdiff/reference.py says what it computes.
 
-   Images are fp32, channels-last and dense; channels are a multiple of 16. For a transform height and width are multiples of 4, and there is a border
-   of zeros that is not stored. Tiles of 4 x 4 pixels are numbered by image, row and column; place k of 36 of all tiles begins `plane` numbers after
-   place k - 1. */
+   Images are fp32, channels-last and dense; channels are a multiple of 16, those of a convolution's result of 32. For a convolution height and width
+   are multiples of 4, and there is a border of zeros that is not stored. Tiles of 4 x 4 pixels are numbered by image, row and column; place k of 36 of
+   all tiles begins `plane` numbers after place k - 1. */
 #include <math.h>
+#include <stdint.h>
 #include <string.h>
 
 /* A vector of neighbouring channels, as wide as the processor has them. */
@@ -44,6 +45,91 @@ INLINE vec exponential(vec v) {
   return p * (vec)(((ivec)shifted << 23) + 0x3f800000);
 }
 
+/* ln v within 2 units in the last place, for positive numbers that are not subnormal (Cephes' logf). */
+INLINE vec logarithm(vec v) {
+  const int half = 0x3f3504f3; /* sqrt(1/2): what is left after the power of two is between it and its double */
+  const ivec bits = (ivec)v - half;
+  const vec power = __builtin_convertvector(bits >> 23, vec), r = (vec)((bits & 0x7fffff) + half) - 1, square = r * r;
+  vec p = r * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * r + 1.1676998740e-1f;
+  p = p * r - 1.2420140846e-1f;
+  p = p * r + 1.4249322787e-1f;
+  p = p * r - 1.6668057665e-1f;
+  p = p * r + 2.0000714765e-1f;
+  p = p * r - 2.4999993993e-1f;
+  p = p * r + 3.3333331174e-1f;
+  return power * 0.693359375f + (r + (p * r * square - power * 2.12194440e-4f - square * 0.5f));
+}
+
+/* Cosine and sine of numbers between -pi and pi, within 1e-7 (Cephes' sincosf: on quarters of the circle). */
+INLINE void cosine_sine(vec v, vec *cosine, vec *sine) {
+  const float magic = 12582912; /* as in `exponential` */
+  const vec shifted = v * 0.636619772f + magic, quarter = shifted - magic;
+  const vec r = v - quarter * 1.5703125f - quarter * 4.837512969970703125e-4f - quarter * 7.549789948768648e-8f, z = r * r;
+  const vec s = ((z * -1.9515295891e-4f + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * r + r;
+  const vec c = ((z * 2.443315711809948e-5f - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z - z * 0.5f + 1;
+  const ivec which = (ivec)shifted, odd = -(which & 1), turned = (which & 2) << 30, sign = ((which + 1) & 2) << 30;
+  *cosine = (vec)(((odd & (ivec)s) | (~odd & (ivec)c)) ^ sign);
+  *sine = (vec)(((odd & (ivec)c) | (~odd & (ivec)s)) ^ turned);
+}
+
+enum { QUADS = 64 };
+
+/* Words of QUADS counters (Philox4x32-10, Salmon et al. 2011) of a sample's stream, from counter `quad` on. */
+INLINE void philox(uint32_t words[4][QUADS], uint64_t seed, uint64_t id, uint32_t counter, uint32_t quad) {
+  for (int q = 0; q < QUADS; q++) {
+    uint32_t c0 = quad + q, c1 = counter, c2 = (uint32_t)id, c3 = (uint32_t)(id >> 32), k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+    for (int round = 0; round < 10; round++) {
+      const uint64_t p0 = (uint64_t)c0 * 0xD2511F53, p1 = (uint64_t)c2 * 0xCD9E8D57;
+      c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0, c1 = (uint32_t)p1;
+      c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1, c3 = (uint32_t)p0;
+      k0 += 0x9E3779B9, k1 += 0xBB67AE85;
+    }
+    words[0][q] = c0, words[1][q] = c1, words[2][q] = c2, words[3][q] = c3;
+  }
+}
+
+/* Two normal numbers of two words each (Box & Muller 1958). */
+INLINE void box_muller(const uint32_t *one, const uint32_t *two, float *first, float *second) {
+  for (int q = 0; q < QUADS; q += LANES) {
+    float of[LANES], radius[LANES];
+    vec u, theta, cosine, sine, r;
+    for (int i = 0; i < LANES; i++) of[i] = (float)one[q + i] * 0x1p-32f + 0x1p-33f;
+    load(&u, of);
+    u = logarithm(u) * -2;
+    store(of, &u);
+    for (int i = 0; i < LANES; i++) radius[i] = sqrtf(of[i]);
+    for (int i = 0; i < LANES; i++) of[i] = (float)(int32_t)two[q + i] * 1.4629180792671596e-09f;
+    load(&r, radius);
+    load(&theta, of);
+    cosine_sine(theta, &cosine, &sine);
+    cosine *= r, sine *= r;
+    store(first + q, &cosine);
+    store(second + q, &sine);
+  }
+}
+
+/* The noise stream of n samples. counters: one for all, or, `step` 1, one for each. What is made: words [n, quads, 4]; or, NULL, z [n, numel], element
+   e from the words of quad e / 4. */
+void fastdiff_noise(const uint64_t *seeds, const uint64_t *ids, const int64_t *counters, long step, int64_t *words, float *z, long n, long numel) {
+  for (long i = 0; i < n; i++)
+    for (long quad = 0; 4 * quad < numel; quad += QUADS) {
+      uint32_t made[4][QUADS];
+      float parts[4][QUADS], whole[4 * QUADS];
+      const long left = numel - 4 * quad, many = left < 4 * QUADS ? left : 4 * QUADS;
+      philox(made, seeds[i], ids[i], (uint32_t)counters[i * step], (uint32_t)quad);
+      if (words) {
+        for (long k = 0; k < many; k++) words[i * numel + 4 * quad + k] = made[k % 4][k / 4];
+        continue;
+      }
+      box_muller(made[0], made[1], parts[0], parts[1]);
+      box_muller(made[2], made[3], parts[2], parts[3]);
+      for (int q = 0; q < QUADS; q++)
+        for (int k = 0; k < 4; k++) whole[4 * q + k] = parts[k][q];
+      memcpy(z + i * numel + 4 * quad, whole, many * sizeof *z);
+    }
+}
+
 /* Sums over the pixels, for LANES channels, of x - centre and of its square; even and odd pixels apart, for additions to overlap. */
 INLINE void sums(float *one, float *two, const float *x, const float *centre, long pixels, long c) {
   vec from, u, v, first = {0}, second = {0}, odd_first = {0}, odd_second = {0};
@@ -71,20 +157,20 @@ INLINE void sums(float *one, float *two, const float *x, const float *centre, lo
   store(two, &second);
 }
 
-/* A norm and what follows it. scale and shift: of image i their rows i, `stride` numbers apart; NULL for neither. */
+/* A norm of `groups` groups, 0 for none, and whether SiLU follows it. */
 struct norm {
-  const float *gamma, *beta, *scale, *shift;
-  long groups, stride;
+  const float *gamma, *beta;
+  long groups;
   float eps;
   int silu;
 };
 
-/* y = silu((norm(x) gamma + beta) (1 + scale) + shift) of one image [pixels, c], which may be y itself. scratch: 4 c numbers. */
-static void normalise(const float *x, float *y, const struct norm *norm, long row, long pixels, long c, float *scratch) {
+/* y = silu((norm(x) gamma + beta) (1 + scale) + shift) of one image [pixels, c], which may be y itself. style: scale [c], then shift, or NULL for
+   neither. scratch: 4 c numbers. */
+static void normalise(const float *x, float *y, const struct norm *norm, const float *style, long pixels, long c, float *scratch) {
   float *const one = scratch, *const two = one + c, *const centre = two + c, *const plus = centre + c;
   const long size = c / norm->groups;
   const double many = (double)(size * pixels);
-  const float *const scale = norm->scale ? norm->scale + row * norm->stride : NULL, *const shift = norm->shift ? norm->shift + row * norm->stride : NULL;
   /* Around a number of the group itself, the squares cancel no more than a few of their digits, however far from 0 the mean is. */
   for (long start = 0; start < c; start += size)
     for (long k = start; k < start + size; k++) centre[k] = x[start];
@@ -95,10 +181,10 @@ static void normalise(const float *x, float *y, const struct norm *norm, long ro
     const double off = first / many, variance = second / many - off * off;
     const float mean = (float)(centre[start] + off), by = (float)(1 / sqrt((variance < 0 ? 0 : variance) + norm->eps));
     for (long k = start; k < start + size; k++) {
-      const float more = scale ? 1 + scale[k] : 1;
+      const float more = style ? 1 + style[k] : 1;
       centre[k] = mean;
       one[k] = by * norm->gamma[k] * more;
-      plus[k] = norm->beta[k] * more + (shift ? shift[k] : 0);
+      plus[k] = norm->beta[k] * more + (style ? style[c + k] : 0);
     }
   }
   for (long k = 0; k < c; k += LANES) {
@@ -113,6 +199,54 @@ static void normalise(const float *x, float *y, const struct norm *norm, long ro
       store(y + p * c + k, &v);
     }
   }
+}
+
+/* Columns of a matrix that are multiplied at a time, and rows, as a processor's registers hold the sums of. */
+enum { WIDE = 32, VECTORS = WIDE / LANES };
+#if defined(__AVX512F__)
+enum { HIGH = 14 };
+#elif defined(__AVX__)
+enum { HIGH = 3 };
+#else
+enum { HIGH = 2 };
+#endif
+#define UNROLL _Pragma("GCC unroll 16")
+
+/* c = a b of so many rows, at most HIGH, and WIDE columns: a [rows, k], b [k, WIDE], c's rows `stride` apart. Meanwhile it fetches as many numbers as b
+   has from `next`, if not NULL: that matrix is too large for the caches, and is wanted soon. */
+INLINE void product(const int rows, const float *a, const float *b, float *c, long k, long stride, const float *next) {
+  vec sum[HIGH][VECTORS];
+  UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < VECTORS; v++) sum[r][v] = (vec){0};
+  for (long i = 0; i < k; i++, b += WIDE) {
+    vec beside[VECTORS];
+    UNROLL for (int v = 0; v < VECTORS; v++) load(&beside[v], b + v * LANES);
+    if (next) UNROLL for (int line = 0; line < WIDE; line += 16) __builtin_prefetch(next + i * WIDE + line, 0, 2);
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < VECTORS; v++) sum[r][v] += a[r * k + i] * beside[v];
+  }
+  UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < VECTORS; v++) store(c + r * stride + v * LANES, &sum[r][v]);
+}
+
+/* c = a b: a [rows, k], c [rows, columns], b in panels [columns / WIDE, k, WIDE]. */
+static void multiply(const float *a, const float *b, float *c, long rows, long k, long columns) {
+  const long blocks = (rows + HIGH - 1) / HIGH;
+  for (long column = 0; column < columns; column += WIDE, b += k * WIDE)
+    for (long block = 0; block < blocks; block++) {
+      const long row = rows * block / blocks, high = rows * (block + 1) / blocks - row; /* as even as can be */
+      const float *const from = a + row * k, *const next = block ? NULL : b + k * WIDE;
+      float *const to = c + row * columns + column;
+      switch (high) {
+#define CASE(rows) \
+  case rows: product(rows, from, b, to, k, columns, next); break;
+        CASE(1) CASE(2)
+#if defined(__AVX__)
+        CASE(3)
+#endif
+#if defined(__AVX512F__)
+        CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
+#endif
+#undef CASE
+      }
+    }
 }
 
 /* B^T of the six numbers d. */
@@ -163,8 +297,8 @@ static void transform(const float *x, float *places, long h, long w, long c, lon
       }
 }
 
-/* y = A^T places A + bias + skip, one image [h, w, c]; bias [c] and skip [h, w, c], or NULL for none. */
-static void transform_back(const float *places, const float *bias, const float *skip, float *y, long h, long w, long c, long plane) {
+/* y = (A^T places A + bias + skip) times, one image [h, w, c]; bias [c] and skip [h, w, c], which may be y itself, or NULL for none. */
+static void transform_back(const float *places, const float *bias, const float *skip, float times, float *y, long h, long w, long c, long plane) {
   for (long top = 0; top < h; top += 4)
     for (long left = 0; left < w; left += 4, places += c)
       for (long channel = 0; channel < c; channel += LANES) {
@@ -186,41 +320,92 @@ static void transform_back(const float *places, const float *bias, const float *
               load(&beside, skip + at);
               made[j] += beside;
             }
+            made[j] *= times;
             store(y + at, &made[j]);
           }
         }
       }
 }
 
-/* x and y [n, pixels, c]. which: image i has row which[i] of scale and shift; NULL for row i. scratch: 4 c numbers. */
-void fastdiff_group_norm_silu(const float *x, float *y, const struct norm *norm, const long long *which, long n, long pixels, long c, float *scratch) {
-  for (long i = 0; i < n; i++) normalise(x + i * pixels * c, y + i * pixels * c, norm, which ? which[i] : i, pixels, c, scratch);
-}
+/* A convolution of what norm makes of the images. weight: 36 places, each as `multiply` takes it. */
+struct layer {
+  struct norm norm;
+  const float *weight, *bias;
+  long c_in, c_out;
+};
 
-/* The places of x [n, h, w, c], or with norm of what it makes of x. scratch: (4 + h w) c numbers. */
-void fastdiff_winograd_into(const float *x, float *places, const struct norm *norm, long n, long h, long w, long c, long plane, float *scratch) {
-  const long pixels = h * w;
-  for (long i = 0; i < n; i++, x += pixels * c, places += pixels / 16 * c) {
-    if (norm) normalise(x, scratch + 4 * c, norm, i, pixels, c, scratch);
-    transform(norm ? scratch + 4 * c : x, places, h, w, c, plane);
-  }
-}
+/* y = (x' + layers(x)) times. x': x itself, or with `skip`, a matrix as `multiply` takes it, x skip; or nothing, with `alone`. A style is scale and
+   shift of the last layer's norm, or, with `added`, is added to what that norm is of. */
+struct block {
+  struct layer layers[2];
+  long count;
+  const float *skip;
+  float times;
+  int alone, added;
+};
 
-/* From the places of one convolution's result to those of what norm makes of it, [n, h, w, c], both `plane` apart. scratch: (4 + h w) c numbers. */
-void fastdiff_winograd_between(const float *made, const float *bias, const struct norm *norm, float *places, long n, long h, long w, long c, long plane,
-                               float *scratch) {
-  const long pixels = h * w, tiles = pixels / 16 * c;
-  float *const image = scratch + 4 * c;
-  for (long i = 0; i < n; i++) {
-    transform_back(made + i * tiles, bias, NULL, image, h, w, c, plane);
-    normalise(image, image, norm, i, pixels, c, scratch);
-    transform(image, places + i * tiles, h, w, c, plane);
-  }
-}
-
-/* y = what the places come from + bias + skip, [n, h, w, c]. */
-void fastdiff_winograd_out_of(const float *made, const float *bias, const float *skip, float *y, long n, long h, long w, long c, long plane) {
-  const long pixels = h * w;
+/* x and y [n, pixels, c]. style: image i has row which[i] of it, `stride` numbers apart; NULL for row i. scratch: 4 c numbers. */
+void fastdiff_group_norm_silu(const float *x, float *y, const struct norm *norm, const float *style, long stride, const long long *which, long n,
+                              long pixels, long c, float *scratch) {
   for (long i = 0; i < n; i++)
-    transform_back(made + i * (pixels / 16) * c, bias, skip ? skip + i * pixels * c : NULL, y + i * pixels * c, h, w, c, plane);
+    normalise(x + i * pixels * c, y + i * pixels * c, norm, style ? style + (which ? which[i] : i) * stride : NULL, pixels, c, scratch);
+}
+
+/* `part` of n images at a time, of h x w pixels: x [n, h, w, c_in], or, with beside [n, h, w, c_beside], x with its channels after the others'. style:
+   row i is image i's, `stride` numbers apart; NULL for none. scratch: (5 + 2 h w) and 36 (1 + part h w / 16) times the most channels there are, and the
+   latter again. */
+void fastdiff_block(const struct block *block, const float *x, const float *beside, long c_beside, const float *style, long stride, float *y, long n,
+                    long h, long w, long part, float *scratch) {
+  const struct layer *const first = block->layers, *const last = first + block->count - 1;
+  const long pixels = h * w, tiles = pixels / 16, c_in = first->c_in, c_x = c_in - c_beside, c_out = last->c_out;
+  long most = c_in;
+  for (const struct layer *layer = first; layer <= last; layer++)
+    if (layer->c_out > most) most = layer->c_out;
+  float *const shift = scratch + 4 * most, *const whole = shift + most, *const image = whole + pixels * most, *const places = image + pixels * most;
+  for (long start = 0; start < n; start += part) {
+    const long images = n - start < part ? n - start : part;
+    /* One row more than there are tiles, so that the 36 places do not lie powers of two apart and drive each other from the cache. */
+    const long rows = images * tiles, plane = rows + 1;
+    float *const made = places + 36 * plane * most;
+    for (long i = 0; i < images; i++) {
+      const float *from = x + (start + i) * pixels * c_x;
+      if (beside) {
+        const float *const more = beside + (start + i) * pixels * c_beside;
+        for (long p = 0; p < pixels; p++) {
+          memcpy(whole + p * c_in, from + p * c_x, c_x * sizeof *x);
+          memcpy(whole + p * c_in + c_x, more + p * c_beside, c_beside * sizeof *x);
+        }
+        from = whole;
+      }
+      if (block->skip)
+        multiply(from, block->skip, y + (start + i) * pixels * c_out, pixels, c_in, c_out);
+      else if (beside && !block->alone)
+        memcpy(y + (start + i) * pixels * c_out, whole, pixels * c_out * sizeof *y);
+      if (first->norm.groups) {
+        const float *const own = first == last && style && !block->added ? style + (start + i) * stride : NULL;
+        normalise(from, image, &first->norm, own, pixels, c_in, scratch);
+        from = image;
+      }
+      transform(from, places + i * tiles * c_in, h, w, c_in, plane * c_in);
+    }
+    for (const struct layer *layer = first;; layer++) {
+      for (long k = 0; k < 36; k++)
+        multiply(places + k * plane * layer->c_in, layer->weight + k * layer->c_in * layer->c_out, made + k * plane * layer->c_out, rows, layer->c_in,
+                 layer->c_out);
+      if (layer == last) break;
+      const long c = layer->c_out;
+      for (long i = 0; i < images; i++) {
+        const float *const own = style ? style + (start + i) * stride : NULL;
+        for (long k = 0; k < c; k++) shift[k] = (layer->bias ? layer->bias[k] : 0) + (own && block->added ? own[k] : 0);
+        transform_back(made + i * tiles * c, shift, NULL, 1, image, h, w, c, plane * c);
+        normalise(image, image, &layer[1].norm, own && !block->added ? own : NULL, pixels, c, scratch);
+        transform(image, places + i * tiles * c, h, w, c, plane * c);
+      }
+    }
+    for (long i = 0; i < images; i++) {
+      const long at = (start + i) * pixels * c_out;
+      const float *const skip = block->alone ? NULL : (block->skip || beside ? y : x) + at;
+      transform_back(made + i * tiles * c_out, last->bias, skip, block->times, y + at, h, w, c_out, plane * c_out);
+    }
+  }
 }

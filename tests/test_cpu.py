@@ -1,5 +1,5 @@
-"""Convolutions by Winograd's method: the kernels in C beside their definition, the way without a compiler, what is replaced, and that it follows its
-weights."""
+"""The kernels in C beside their definitions: noise, norms, convolutions by Winograd's method and residual blocks; the way without a compiler; what of a
+network is replaced, and that it follows its weights."""
 
 import collections
 import concurrent.futures
@@ -13,10 +13,10 @@ import torch
 from helpers import SMALL, small_network
 from torch import nn
 
-from fastdiff import Sampler, Schedule, UNetConfig, cpu, native, reference
+from fastdiff import Sampler, Schedule, UNetConfig, cpu, native, ops, reference
 from fastdiff.cpu import WinogradConv2d
 from fastdiff.unet import ResBlock
-from fastdiff.unet2d import UNet2D, UNet2DConfig
+from fastdiff.unet2d import Resnet, UNet2D, UNet2DConfig
 
 
 @pytest.fixture(params=["in C", "without C"])
@@ -48,12 +48,86 @@ def exact(c, x):
     return nn.functional.conv2d(x.double(), c.weight.double(), None if c.bias is None else c.bias.double(), padding=1)
 
 
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("n", [0, 1, 33])
+def test_noise_is_the_definition(n, apart):
+    """Words to the bit, of seeds and ids of 64 bits; and a counter for all, or one for each, of more than 32 bits."""
+    g = torch.Generator().manual_seed(n)
+    seeds, ids = (torch.randint(-(1 << 63), (1 << 63) - 1, (n,), generator=g) for _ in range(2))
+    counter = torch.randint(0, 1 << 40, (n if apart else 1,), generator=g)
+    for quads in (0, 1, 64, 65, 200):
+        assert torch.equal(native.noise_words(seeds, ids, counter, quads), reference.noise_words(seeds, ids, counter, quads))
+    for numel in (0, 1, 3, 256, 257, 768):
+        made, wanted = native.normal(seeds, ids, counter, numel), reference.normal(seeds, ids, counter, numel)
+        assert made.shape == (n, numel) and made.dtype == torch.float32
+        torch.testing.assert_close(made, wanted, atol=2e-6, rtol=0)
+
+
+def test_noise_is_normal_to_the_last_bits():
+    """Of ten million numbers none is farther than 1e-6 from what its words say, in fp64."""
+    seeds, ids, row = torch.zeros(1000, dtype=torch.int64), torch.arange(1000), torch.tensor([5])
+    made = native.normal(seeds, ids, row, 10_000).double().view(1000, 2500, 2, 2)
+    words = reference.noise_words(seeds, ids, row, 2500).view(1000, 2500, 2, 2)
+    u = words[..., 0].float().mul(2.0**-32).add(2.0**-33).double()
+    angle = words[..., 1].to(torch.int32).float().mul(1.4629180792671596e-09).double()
+    exact = u.log().mul(-2).sqrt()[..., None] * torch.stack([angle.cos(), angle.sin()], -1)
+    assert (made - exact).abs().max() < 1e-6
+    assert exact.abs().max() > 5
+
+
+def test_noise_touches_its_own_alone():
+    for numel in (5, 768):
+        outer, z = guarded(3 * numel, 7.0)
+        columns = [torch.arange(3) for _ in range(3)]
+        native._library().fastdiff_noise(*(column.data_ptr() for column in columns), 1, None, z.data_ptr(), 3, numel)
+        assert untouched(outer) and torch.equal(z.view(3, numel), native.normal(*columns, numel))
+
+
+@pytest.mark.parametrize("op", ["add_noise", "solver_step", "scheduler_step"])
+def test_an_operation_makes_its_noise_in_c(op, monkeypatch):
+    """And without a compiler as its definition does; both to rounding."""
+    n, shape = 3, (3, 4, 4)
+    x, m, ids = torch.randn(n, *shape), torch.randn(n, *shape), torch.arange(n)
+    calls, plain = [], native.normal
+    monkeypatch.setattr(native, "normal", lambda *args: calls.append(args) or plain(*args))
+
+    def run():
+        if op == "add_noise":
+            return ops.add_noise(x, torch.tensor([0, 1, 1]), torch.rand(2, 4), None, ids, ids, torch.tensor([3]), True)
+        if op == "scheduler_step":
+            return ops.scheduler_step(m, x, table, ids, None, ids, ids, None, None, None, False)
+        made = [x.clone(), torch.zeros_like(x), m, torch.empty_like(x), torch.empty(0, *x.shape)]
+        ops.solver_step(*made, table, torch.tensor([1]), ids, ids, torch.ones(n))
+        return made
+
+    columns = reference.COLUMNS if op == "solver_step" else reference.STEP_COLUMNS
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        table = torch.rand(3, len(columns))
+        table[:, columns.index("clip")] = 9
+        if op == "scheduler_step":
+            table[:, -1] = torch.arange(3)
+        states = [torch.get_rng_state()]
+        in_c = run()
+        assert len(calls) == 1
+        monkeypatch.setattr(native, "available", lambda: False)
+        torch.set_rng_state(states[0])
+        for ours, theirs in zip(in_c, run(), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert len(calls) == 1
+    if op == "solver_step":
+        monkeypatch.setattr(native, "available", lambda: True)
+        table[1, columns.index("s")] = 0
+        run()
+        assert len(calls) == 1, "a row without noise makes none"
+
+
 SHAPES = [
     (0, 64, 64, 4, 4),
     (1, 16, 32, 4, 4),
-    (7, 32, 16, 8, 8),
-    (3, 48, 80, 4, 12),
-    (2, 16, 16, 16, 4),
+    (7, 48, 32, 8, 8),
+    (3, 16, 96, 4, 12),
+    (2, 16, 32, 16, 4),
     (2, 128, 64, 16, 16),
     (33, 64, 64, 8, 8),
 ]
@@ -77,9 +151,8 @@ def test_the_kernel_is_the_definition(shape, bias):
     c, x = convolution(c_in, c_out, bias), images(n, c_in, h, w)
     weight = reference.winograd_weight(c.weight)
     assert native.available()
-    for scratch in native._FREE:
-        for kept in scratch.kept.values():
-            kept.fill_(torch.nan)
+    for kept in native._FREE:
+        kept.fill_(torch.nan)
     made, wanted = native.winograd_conv3x3(x, weight, c.bias), reference.winograd_conv3x3(x, weight, c.bias)
     assert made.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(made, wanted, atol=4e-5, rtol=0)
@@ -87,57 +160,135 @@ def test_the_kernel_is_the_definition(shape, bias):
     torch.testing.assert_close(made.double(), exact(c, x), atol=4e-5, rtol=0, check_stride=False)
 
 
+def test_a_matrix_in_panels():
+    matrix = torch.randn(3, 5, 64)
+    made = reference.panels(matrix)
+    assert made.shape == (3, 2, 5, 32)
+    assert torch.equal(made[1, 1], matrix[1, :, 32:])
+
+
 def test_other_layouts_are_taken():
     c = convolution(32, 32)
     weight, x = reference.winograd_weight(c.weight), images(4, 32, 8, 8)
     wanted = native.winograd_conv3x3(x, weight, c.bias)
     for other in (x.contiguous(), x.repeat_interleave(2, 0)[::2], torch.cat([x, x], 1)[:, 32:], x.flip(0).flip(0)):
-        assert torch.equal(native.winograd_conv3x3(other, weight.transpose(1, 2).contiguous().transpose(1, 2), c.bias), wanted)
+        assert torch.equal(native.winograd_conv3x3(other, weight.transpose(2, 3).contiguous().transpose(2, 3), c.bias), wanted)
 
 
-def test_the_kernels_touch_their_own_alone():
-    """What they read stands among NaN, what they write among sevens."""
-    library, n, h, w, c, plane, edge = native._library(), 3, 4, 8, 32, 6 * 32 + 16, 64
-
-    def within(numel, around, fill=None):
-        whole = torch.full((numel + 2 * edge,), around)
-        inner = whole[edge : edge + numel]
-        if fill is not None:
-            inner.copy_(fill)
-        return whole, inner
-
-    def stand(whole):
-        return bool((whole[:edge] == 7).all() and (whole[-edge:] == 7).all())
-
-    def spread(inner):
-        return torch.cat([inner, torch.zeros(plane - 6 * c)]).view(36, plane)
-
-    _, x = within(n * h * w * c, torch.nan, torch.arange(n * h * w * c) % 97)
-    parts = [within(size, torch.nan, torch.ones(size))[1] for size in (c, c, n * 2 * c)]
-    norm = native.Norm(*parts[:2], 2, 1e-5, parts[2].view(n, 2 * c))
-    used, scratch = within((4 + h * w) * c, 7.0)
-    for told in (None, norm.struct()):
-        outer, places = within(35 * plane + 6 * c, 7.0)
-        library.fastdiff_winograd_into(x.data_ptr(), places.data_ptr(), told, n, h, w, c, plane, scratch.data_ptr())
-        assert stand(outer) and stand(used) and spread(places)[:, : 6 * c].isfinite().all() and (spread(places)[:-1, 6 * c :] == 7).all()
-    _, given = within(35 * plane + 6 * c, torch.nan)
-    spread_over = given.as_strided((36, 6 * c), (plane, 1))
-    given.fill_(torch.nan)
-    spread_over.copy_(spread(places)[:, : 6 * c])
-    _, bias = within(c, torch.nan, torch.ones(c))
-    outer, more = within(35 * plane + 6 * c, 7.0)
-    library.fastdiff_winograd_between(
-        given.data_ptr(), bias.data_ptr(), norm.struct(), more.data_ptr(), n, h, w, c, plane, scratch.data_ptr()
-    )
-    assert stand(outer) and stand(used) and spread(more)[:, : 6 * c].isfinite().all() and (spread(more)[:-1, 6 * c :] == 7).all()
-    for skip in (None, x.data_ptr()):
-        outer, y = within(n * h * w * c, 7.0)
-        library.fastdiff_winograd_out_of(given.data_ptr(), bias.data_ptr(), skip, y.data_ptr(), n, h, w, c, plane)
-        assert stand(outer) and y.isfinite().all()
+def definition(block, x, beside, style):
+    """What a `native.Block` computes, in fp64."""
+    whole = (x if beside is None else torch.cat([x, beside], 1)).double()
+    made = whole
+    for i, (norm, weight, bias) in enumerate(block.layers):
+        own = None if style is None or i + 1 < len(block.layers) else style.double()
+        if block.added and own is not None:
+            made, own = made + own[:, :, None, None], None
+        if norm is not None:
+            made = made.permute(0, 2, 3, 1).contiguous()
+            made = reference.group_norm_silu(made, norm.gamma, norm.beta, own, None, norm.groups, norm.eps, norm.silu, None).permute(
+                0, 3, 1, 2
+            )
+        made = reference.winograd_conv3x3(made, weight.double(), None if bias is None else bias.double())
+    if block.skip is not None:
+        made = made + torch.einsum("nchw,pcd->npdhw", whole, block.skip.double()).flatten(1, 2)
+    elif not block.told.alone:
+        made = made + whole
+    return made * block.told.times
 
 
-@pytest.mark.parametrize("size", [1, 40_000, 100_000])
-def test_parts_that_fit_the_memory_are_the_whole(size, monkeypatch):
+def layer(c_in, c_out, norm=True, bias=True, silu=True):
+    c = convolution(c_in, c_out, bias)
+    gamma, beta = 1 + 0.1 * images(1, c_in, 1, 1).flatten(), 0.1 * images(2, c_in, 1, 1)[1].flatten()
+    return native.Layer(native.Norm(gamma, beta, 4, 1e-5, silu) if norm else None, reference.winograd_weight(c.weight), c.bias)
+
+
+def skip(c_in, c_out):
+    return reference.panels(convolution(c_in, c_out).weight[:, :, 1, 1].t())
+
+
+BLOCKS = {
+    "a convolution": (16, 0, lambda: native.Block([layer(16, 64, norm=False)], alone=True)),
+    "a norm before it": (32, 0, lambda: native.Block([layer(32, 32, bias=False)])),
+    "no SiLU, half of it": (32, 0, lambda: native.Block([layer(32, 32, silu=False)], times=0.5, alone=True)),
+    "a block": (64, 0, lambda: native.Block([layer(64, 64), layer(64, 64)])),
+    "a block of few that becomes many": (32, 0, lambda: native.Block([layer(32, 96), layer(96, 96)], skip=skip(32, 96))),
+    "a block of many that becomes few": (96, 0, lambda: native.Block([layer(96, 32), layer(32, 64, bias=False)], skip=skip(96, 64))),
+    "channels beside it": (48, 32, lambda: native.Block([layer(80, 64), layer(64, 64)], skip=skip(80, 64), times=0.7)),
+    "channels beside it, no skip": (16, 48, lambda: native.Block([layer(64, 32, bias=False), layer(32, 64)])),
+    "channels beside it, alone": (16, 16, lambda: native.Block([layer(32, 64, norm=False), layer(64, 32)], alone=True)),
+    "a style that is added": (32, 0, lambda: native.Block([layer(32, 64, bias=False), layer(64, 32)], added=True)),
+}
+
+
+def guarded(numel, around, fill=None):
+    """Memory among others: (all of it, [numel] in the middle)."""
+    whole = torch.full((numel + 128,), around)
+    inner = whole[64:-64]
+    if fill is not None:
+        inner.copy_(fill.permute(0, 2, 3, 1).flatten() if fill.ndim == 4 else fill.flatten())
+    return whole, inner
+
+
+def untouched(whole, around=7.0):
+    return bool((whole[:64] == around).all() and (whole[-64:] == around).all())
+
+
+@pytest.mark.parametrize("n", [0, 1, 5])
+@pytest.mark.parametrize("styled", [True, False])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_is_its_definition(name, styled, n):
+    c, c_beside, build = BLOCKS[name]
+    block = build()
+    x, beside = images(n, c, 8, 4), images(n, c_beside, 8, 4) if c_beside else None
+    style = torch.randn(n, 1000, generator=torch.Generator().manual_seed(1))[:, 7 : 7 + block.style] if styled and block.style else None
+    made = block(x, beside, style)
+    assert made.is_contiguous(memory_format=torch.channels_last) and made.dtype == torch.float32
+    # Two Winograd convolutions one after the other, of numbers to 5.
+    torch.testing.assert_close(made.double(), definition(block, x, beside, style), atol=1e-4, rtol=0, check_stride=False)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_kernels_touch_their_own_alone(name, monkeypatch):
+    """What they read stands among NaN, and what they write among sevens."""
+    c, c_beside, build = BLOCKS[name]
+    block, n, h, w = build(), 5, 4, 8
+    library = native._library()
+
+    def kept(tensor):
+        return guarded(tensor.numel(), torch.nan, tensor)[1].view(tensor.shape)
+
+    for i, (norm, weight, bias) in enumerate(block.layers):
+        norm = norm and norm._replace(gamma=kept(norm.gamma), beta=kept(norm.beta))
+        block.layers[i] = native.Layer(norm, kept(weight), None if bias is None else kept(bias))
+    options = {"times": block.told.times, "alone": bool(block.told.alone), "added": block.added}
+    block = native.Block(block.layers, skip=None if block.skip is None else kept(block.skip), **options)
+    _, x = guarded(n * h * w * c, torch.nan, images(n, c, h, w))
+    _, beside = guarded(n * h * w * c_beside, torch.nan, images(n, c_beside, h, w)) if c_beside else (None, None)
+    _, style = guarded(n * block.style, torch.nan, torch.ones(n, block.style)) if block.style else (None, None)
+    part = 2
+    used, scratch = guarded(native._scratch_numel(part, h, w, block.widest), 7.0, torch.tensor(torch.nan))
+    outer, y = guarded(n * h * w * block.c_out, 7.0)
+    library.fastdiff_block(
+        block.told, x.data_ptr(), None if beside is None else beside.data_ptr(), c_beside, None if style is None else style.data_ptr(),
+        block.style, y.data_ptr(), n, h, w, part, scratch.data_ptr(),
+    )  # fmt: skip
+    assert untouched(outer) and untouched(used) and y.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["a block", "channels beside it"])
+def test_bits_of_an_image_do_not_depend_on_the_others(name):
+    c, c_beside, build = BLOCKS[name]
+    block, n = build(), 67
+    x, beside = images(n, c, 4, 4), images(n, c_beside, 4, 4) if c_beside else None
+    style = torch.randn(n, block.style, generator=torch.Generator().manual_seed(1))
+    whole = block(x, beside, style)
+    for start, stop in ((0, 1), (5, 7), (30, 61), (66, 67)):
+        part = slice(start, stop)
+        assert torch.equal(block(x[part], None if beside is None else beside[part], style[part]), whole[part])
+
+
+@pytest.mark.parametrize("tiles", [1, 24, 100])
+def test_parts_are_the_whole(tiles, monkeypatch):
     c, x = convolution(64, 64), images(17, 64, 8, 8)
     weight = reference.winograd_weight(c.weight)
     whole = native.winograd_conv3x3(x, weight, c.bias)
@@ -148,9 +299,14 @@ def test_parts_that_fit_the_memory_are_the_whole(size, monkeypatch):
         cpu.pack(fused)
         all_of_it = fused(x, style)
         torch.testing.assert_close(all_of_it, block(x, style), atol=5e-5, rtol=0)
-        monkeypatch.setattr(native, "SCRATCH", size)
-        torch.testing.assert_close(native.winograd_conv3x3(x, weight, c.bias), whole, atol=1e-5, rtol=0)
-        torch.testing.assert_close(fused(x, style), all_of_it, atol=1e-5, rtol=0)
+        monkeypatch.setattr(native, "_part", lambda n, of_one, channels: max(1, tiles // of_one))
+        assert torch.equal(native.winograd_conv3x3(x, weight, c.bias), whole)
+        assert torch.equal(fused(x, style), all_of_it)
+
+
+def test_parts_are_even_and_as_large_as_the_weights():
+    assert [native._part(n, 4, 64) for n in (0, 1, 16, 17, 100)] == [1, 1, 16, 9, 15]
+    assert native._part(100, 4, 128) == 25 and native._part(100, 1, 16) == 50 and native._part(5, 256, 64) == 1
 
 
 def test_inference_mode_leaves_nothing_behind():
@@ -222,9 +378,8 @@ def test_each_pixel_of_the_border_sees_zeros_around(way):
 
 def test_other_sizes_are_left_to_the_convolution(way):
     c = convolution()
-    few = {"in C": [(15, 4, 4), (15, 8, 8)], "without C": [(16, 8, 8), (16, 4, 8)]}[way]
-    for n, *size in ((16, 2, 2), (16, 5, 4), (16, 4, 6), *few):
-        x = images(n, 64, *size)
+    for size in ((2, 2), (5, 4), (4, 6), *(((8, 8), (4, 8)) if way == "without C" else ())):
+        x = images(16, 64, *size)
         with torch.no_grad():
             assert torch.equal(packed(c)(x), c(x))
 
@@ -241,6 +396,22 @@ def test_a_compiler_sees_one_operation(backend):
         assert made.stride() == model(x).stride()
 
 
+def test_a_single_image_has_the_bits_that_it_has_among_others():
+    """Through every kind of convolution: in C, and those of the library, with strides or few channels."""
+    model = nn.Sequential(
+        convolution(12, 64), convolution(64, 64), nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.Conv2d(64, 12, 3, padding=1)
+    )
+    twin = cpu.faster(model.requires_grad_(False).to(memory_format=torch.channels_last))
+    cpu.pack(twin)
+    assert [type(m) for m in twin] == [cpu.PairedConv2d, WinogradConv2d, cpu.PairedConv2d, cpu.PairedConv2d]
+    x = images(5, 12, 8, 8)
+    with torch.no_grad():
+        whole = twin(x)
+        for i in range(5):
+            assert torch.equal(twin(x[i : i + 1]), whole[i : i + 1])
+        assert twin[0](x[0]).shape == (64, 8, 8), "an image alone, without a batch"
+
+
 def test_gradients_are_the_convolutions():
     c, x = convolution(64, 64).requires_grad_(True), images(16, 64, 8, 8).requires_grad_(True)
     packed(c)(x).square().sum().backward()
@@ -251,11 +422,18 @@ def test_gradients_are_the_convolutions():
 
 
 def test_which_channels_are_taken(way):
-    for c_in, c_out, fits in ((64, 64, True), (72, 64, True), (32, 64, False), (64, 48, False), (12, 64, False)):
+    in_c = way == "in C"
+    for c_in, c_out, fits, native_too in (
+        (64, 64, True, in_c),
+        (72, 64, True, False),
+        (64, 72, True, False),
+        (16, 32, in_c, in_c),
+        (64, 48, False, False),
+        (12, 64, False, False),
+    ):
         assert WinogradConv2d.fits(convolution(c_in, c_out)) == fits, (c_in, c_out)
-    # Vectors of 16 channels are what C works on.
-    assert WinogradConv2d(convolution(72, 64)).native is False
-    assert WinogradConv2d(convolution(64, 64)).native is (way == "in C")
+        if fits:
+            assert WinogradConv2d(convolution(c_in, c_out)).native is native_too
 
 
 @pytest.mark.parametrize(
@@ -267,7 +445,7 @@ def test_which_channels_are_taken(way):
         nn.Conv2d(64, 64, 3, padding=1, groups=2),
         nn.Conv2d(64, 64, 3, padding=2, dilation=2),
         nn.Conv2d(64, 64, 3, padding=1, padding_mode="circular"),
-        nn.Conv2d(32, 64, 3, padding=1),
+        nn.Conv2d(12, 64, 3, padding=1),
         nn.Conv2d(64, 64, 3, padding=1).bfloat16(),
         nn.ConvTranspose2d(64, 64, 3, padding=1),
     ],
@@ -323,32 +501,54 @@ def test_a_network_says_what_it_said(name, way):
     given = (x, t, t % 3) if name == "UNet" else (x, t)
     runs = []
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        for kind in ("residual_block", "winograd_conv3x3", "group_norm_silu"):
-            plain = getattr(native, kind)
-            patch.setattr(native, kind, lambda *args, kind=kind, plain=plain: runs.append(kind) or plain(*args))
+        call, norm = native.Block.__call__, native.group_norm_silu
+        patch.setattr(native.Block, "__call__", lambda block, *args: runs.append(len(block.layers)) or call(block, *args))
+        patch.setattr(native, "group_norm_silu", lambda *args: runs.append("norm") or norm(*args))
         torch.testing.assert_close(twin(*given), model(*given), atol=1e-4, rtol=0)
-    wanted = (
-        {"residual_block": 5, "winograd_conv3x3": 1, "group_norm_silu": 1}
-        if name == "UNet"
-        else {"winograd_conv3x3": 25, "group_norm_silu": 25}
-    )
+    # Residual blocks, single convolutions, and the norm before the last.
+    wanted = {2: 5, 1: 1, "norm": 1} if name == "UNet" else {2: 12, 1: 1, "norm": 1}
     assert collections.Counter(runs) == (wanted if way == "in C" else {})
 
 
-@pytest.mark.parametrize("c_in", [128, 64])
+def resnet(c_in, c_out, factor=1.0, **options):
+    config = UNet2DConfig(
+        sample_size=16,
+        block_out_channels=(64,),
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        **options,
+    )
+    return Resnet(c_in, c_out, 32, config, factor)
+
+
+RESIDUAL = {
+    "ResBlock": lambda: ResBlock(64, 64, 16),
+    "ResBlock, skip": lambda: ResBlock(128, 64, 16),
+    "Resnet": lambda: resnet(64, 64),
+    "Resnet, shortcut, factor": lambda: resnet(128, 64, 1.4),
+    "Resnet, scale_shift": lambda: resnet(128, 64, resnet_time_scale_shift="scale_shift"),
+}
+
+
+@pytest.mark.parametrize("name", RESIDUAL)
 @pytest.mark.parametrize("size", [(4, 4), (8, 12), (6, 4)])
-def test_a_block_is_what_it_was(size, c_in, way):
-    """One whose sides 4 does not divide, too; and a style whose rows lie apart, as those of a network do."""
-    block = ResBlock(c_in, 64, 16).eval().requires_grad_(False)
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_residual_block_is_what_it_was(apart, size, name, way):
+    """One whose sides 4 does not divide, too; what comes in in one part or two; and a style whose rows lie apart, as those of a network do."""
+    block = RESIDUAL[name]().eval().requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for p in block.parameters():
             nn.init.normal_(p, std=0.1)
-    x, style = images(16, c_in, *size), torch.randn(16, 1000, generator=torch.Generator().manual_seed(1))[:, 7 : 7 + 128]
+    c_in, c_style = block.conv1.in_channels, 64 if name in ("Resnet", "Resnet, shortcut, factor") else 128
+    x, style = images(16, c_in, *size), torch.randn(16, 1000, generator=torch.Generator().manual_seed(1))[:, 7 : 7 + c_style]
+    given = (x[:, :48], style, x[:, 48:]) if apart else (x, style)
     fused = cpu.faster(nn.ModuleList([block]))[0]
+    assert isinstance(fused, cpu.FusedResBlock) is (way == "in C")
     cpu.pack(fused)
     with torch.no_grad():
-        torch.testing.assert_close(fused(x, style), block(x, style), atol=2e-4, rtol=1e-5)
+        torch.testing.assert_close(fused(*given), block(x, style), atol=2e-4, rtol=1e-5)
         assert fused(x[:0], style[:0]).shape == (0, 64, *size)
 
 
@@ -370,22 +570,33 @@ def test_other_dtypes_are_pytorchs():
     block = ResBlock(64, 64, 16).eval().requires_grad_(False)
     block.conv2.bfloat16()
     kept = cpu.faster(nn.ModuleList([block]))[0]
-    assert isinstance(kept, ResBlock) and [type(kept.conv1), type(kept.conv2)] == [WinogradConv2d, nn.Conv2d]
+    assert isinstance(kept, ResBlock) and isinstance(kept.conv1, WinogradConv2d) and isinstance(kept.conv2, nn.Conv2d)
 
 
 def test_arguments_that_do_not_fit_are_refused():
-    x, weight = images(2, 32, 8, 8), torch.zeros(36, 32, 32)
+    x, weight = images(2, 32, 8, 8), torch.zeros(36, 1, 32, 32)
     norm = native.Norm(torch.ones(32), torch.zeros(32), 2, 1e-5)
+    layer, other = native.Layer(norm, weight, None), native.Layer(norm, torch.zeros(36, 2, 32, 32), None)
+    block = native.Block([layer] * 2)
     for call in (
         lambda: native.winograd_conv3x3(images(2, 32, 6, 8), weight, None),
         lambda: native.winograd_conv3x3(x.double(), weight, None),
-        lambda: native.winograd_conv3x3(x, torch.zeros(36, 16, 32), None),
+        lambda: native.winograd_conv3x3(x, torch.zeros(36, 1, 16, 32), None),
+        lambda: native.winograd_conv3x3(x, torch.zeros(36, 1, 32, 16), None),
         lambda: native.winograd_conv3x3(x, weight, torch.zeros(31)),
-        lambda: native.residual_block(x, [(norm, weight, None)] * 2, x[:1]),
-        lambda: native.residual_block(x, [(norm._replace(groups=5), weight, None)] * 2, x),
-        lambda: native.residual_block(x, [(norm._replace(style=torch.zeros(2, 32)), weight, None)] * 2, x),
-        lambda: native.residual_block(x, [(norm._replace(style=torch.zeros(1, 64)), weight, None)] * 2, x),
-        lambda: native.group_norm_silu(x.permute(0, 2, 3, 1), norm._replace(style=torch.zeros(2, 64)), torch.tensor([0, 2])),
+        lambda: native.Block([layer] * 3),
+        lambda: native.Block([other]),
+        lambda: native.Block([other, layer]),
+        lambda: native.Block([layer, layer._replace(norm=None)]),
+        lambda: native.Block([layer._replace(norm=norm._replace(groups=5))] * 2),
+        lambda: native.Block([layer], skip=torch.zeros(1, 16, 32)),
+        lambda: native.Block([layer], skip=torch.zeros(1, 32, 32), alone=True),
+        lambda: block(x, x),
+        lambda: block(x[:, :16], x[:1, 16:]),
+        lambda: block(x, None, torch.zeros(2, 32)),
+        lambda: block(x, None, torch.zeros(1, 64)),
+        lambda: native.Block([layer._replace(norm=None)])(x, None, torch.zeros(2, 64)),
+        lambda: native.group_norm_silu(x.permute(0, 2, 3, 1), norm, torch.zeros(2, 64), torch.tensor([0, 2])),
     ):
         with pytest.raises(AssertionError):
             call()

@@ -144,7 +144,7 @@ def test_in_c_silu_is_right_from_end_to_end_and_nan_stays():
 def test_without_c_the_op_is_its_definition(monkeypatch):
     arguments = make.group_norm_silu((3, 8, 8, 64), 8, torch.float32, style=True)
     x, gamma, beta, style, which, groups, eps, silu, _ = arguments
-    norm = native.Norm(gamma, beta, groups, eps, style, silu)
-    assert torch.equal(ops.group_norm_silu(*arguments), native.group_norm_silu(x, norm, which))
+    norm = native.Norm(gamma, beta, groups, eps, silu)
+    assert torch.equal(ops.group_norm_silu(*arguments), native.group_norm_silu(x, norm, style, which))
     monkeypatch.setattr(native, "available", lambda: False)
     assert torch.equal(ops.group_norm_silu(*arguments), reference.group_norm_silu(*arguments))

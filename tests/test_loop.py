@@ -445,7 +445,7 @@ def test_a_table_of_conditions_that_is_too_large_is_made_row_by_row(network, mon
     calls = []
     monkeypatch.setattr(network, "condition", lambda t, labels, made=network.condition: calls.append(len(t)) or made(t, labels))
     got = make(network)(6, labels=LABELS, guidance=2.0)
-    assert calls.count(8) == 8  # two micro-batches of four rows
+    assert calls.count(16) == 8  # two micro-batches of four rows, of 8 samples, made up to what has the same bits
     torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
 
 

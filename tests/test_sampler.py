@@ -11,7 +11,7 @@ import torch
 from helpers import SMALL, FiniteList, Gaussian, Plain, by_hand, guided, small_checkpoint, small_network
 from torch import nn
 
-from fastdiff import Sampler, Schedule, noise, solvers
+from fastdiff import Sampler, Schedule, UNetConfig, noise, solvers
 from fastdiff.noise import slerp
 
 SCHEDULE = Schedule.linear(50)
@@ -155,7 +155,10 @@ def test_images_do_not_depend_on_how_many_whatever_a_library_does_with_few_rows(
             assert torch.equal(sampler(n, labels=1, **call), whole[:n]), (count, n)
 
 
-@pytest.mark.parametrize(("n", "count", "sizes"), [(32, 2, {16}), (64, 2, {32}), (1, 1, {16}), (128, 1, {64}), (1000, 2, {64})])
+@pytest.mark.parametrize(
+    ("n", "count", "sizes"),
+    [(32, 2, {16}), (64, 2, {32}), (1, 1, {1}), (4, 2, {4}), (8, 2, {4}), (16, 2, {8}), (17, 2, {16}), (128, 1, {64}), (1000, 2, {64})],
+)
 def test_few_images_occupy_every_core(n, count, sizes, threads):
     seen = []
     sampler = plain(lambda x, t: seen.append(len(x)) or x * 0.1, micro_batch="auto", shape=(1, 4, 4))
@@ -200,6 +203,38 @@ def test_nothing_is_left_changed(network):
         network.eval()
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not image.is_inference()
+
+
+def test_inference_mode_is_no_other_mode(network):
+    """Nor what is made in it a hindrance outside of it."""
+    want = make(network)(6, labels=0)
+    with torch.inference_mode():
+        sampler = make(network)
+        first = sampler(6, labels=0)
+        sampler.warmup()
+        mark = sampler.fingerprint()
+    assert not first.is_inference()
+    for solver in (None, "unipc"):  # the second of another kind
+        images = sampler(6, labels=0, solver=solver)
+        with torch.inference_mode():
+            assert torch.equal(sampler(6, labels=0, solver=solver), images)
+    assert torch.equal(first, want)
+    assert sampler.fingerprint() == mark
+
+
+def test_weights_that_others_take_the_place_of_are_taken_up():
+    """By an assignment, or by load_state_dict(assign=True), between two calls."""
+    config = UNetConfig(shape=SMALL.shape, patch=2, channels=(32,), blocks=1, middle=0, num_classes=3)
+    first, second = small_network(config=config), small_network(config=config)
+    with torch.no_grad():
+        for p in second.parameters():
+            p.mul_(1.1)
+    sampler = make(first)
+    before = sampler(3, labels=0)
+    first.load_state_dict(second.state_dict(), assign=True)
+    after = sampler(3, labels=0)
+    assert torch.equal(after, make(second)(3, labels=0))
+    assert not torch.equal(after, before)
 
 
 def test_empty(network):
