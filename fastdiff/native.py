@@ -81,7 +81,9 @@ def _library() -> ctypes.CDLL | None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_long
     for name, arguments in {
-        "noise": [pointer, pointer, pointer, number, pointer, pointer, number, number],
+        "normal": [*[pointer] * 3, number, pointer, number, number],
+        "noise_words": [*[pointer] * 3, number, pointer, number, number],
+        "solver_step": [*[pointer] * 6, ctypes.c_uint32, *[pointer] * 4, number, number, *[ctypes.c_int] * 3],
         "group_norm_silu": [pointer, pointer, ctypes.POINTER(_Norm), pointer, number, pointer, *[number] * 3, pointer],
         "block": [ctypes.POINTER(_Block), pointer, pointer, number, pointer, number, pointer, *[number] * 4, pointer],
     }.items():
@@ -167,25 +169,51 @@ def covers(x: Tensor, *channels: int) -> bool:
 
 def noise_words(seeds: Tensor, ids: Tensor, counter: Tensor, quads: int) -> Tensor:
     """See `reference.noise_words`."""
-    return _noise(seeds, ids, counter, torch.empty(len(ids), quads, 4, dtype=torch.int64))
+    made = torch.empty(len(ids), quads, 4, dtype=torch.int64)
+    return _noise("noise_words", seeds, ids, counter, made, quads)
 
 
 def normal(seeds: Tensor, ids: Tensor, counter: Tensor, numel: int) -> Tensor:
-    """See `reference.normal`; its sums, roots and cosines are rounded otherwise in the last bits."""
-    return _noise(seeds, ids, counter, torch.empty(len(ids), numel))
+    """See `reference.normal`; logarithms, roots and cosines are rounded otherwise in their last bits."""
+    return _noise("normal", seeds, ids, counter, torch.empty(len(ids), numel), numel)
 
 
-def _noise(seeds: Tensor, ids: Tensor, counter: Tensor, made: Tensor) -> Tensor:
+def _noise(name: str, seeds: Tensor, ids: Tensor, counter: Tensor, made: Tensor, size: int) -> Tensor:
     library, n = _library(), len(ids)
-    seeds, ids, counter = (column.to("cpu", torch.int64).contiguous() for column in (seeds, ids, counter.reshape(-1)))
+    seeds, ids, counter = (column.to(torch.int64).contiguous() for column in (seeds, ids, counter.reshape(-1)))
     assert library is not None and seeds.shape == ids.shape == (n,) and len(counter) in (1, n), (
         "give a seed for each id, and a counter for each or all"
     )
-    words, z = (made.data_ptr(), None) if made.dtype == torch.int64 else (None, made.data_ptr())
-    if made.numel():
-        step = int(len(counter) == n)
-        library.fastdiff_noise(seeds.data_ptr(), ids.data_ptr(), counter.data_ptr(), step, words, z, n, made[0].numel())
+    make = getattr(library, f"fastdiff_{name}")
+    make(seeds.data_ptr(), ids.data_ptr(), counter.data_ptr(), int(len(counter) == n), made.data_ptr(), n, size)
     return made
+
+
+def steps(x: Tensor, x0: Tensor, m: Tensor, model_input: Tensor, history: Tensor, *others: Tensor | None) -> bool:
+    """Whether `solver_step` takes these: in fp32, and dense."""
+    tensors = (x, x0, m, model_input, history, *(tensor for tensor in others if tensor is not None))
+    return all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors) and available()
+
+
+def solver_step(
+    x: Tensor, x0: Tensor, m: Tensor, model_input: Tensor, history: Tensor, table: Tensor, row: Tensor, seeds: Tensor, ids: Tensor,
+    guidance: Tensor, noise: Tensor | None = None,
+) -> None:  # fmt: skip
+    """See `reference.solver_step`, of what `steps` says."""
+    library, n = _library(), len(x)
+    assert library is not None and steps(x, x0, m, model_input, history, table, guidance, noise)
+    numel, which, halves, copies = x[0].numel() if n else 0, int(row), len(m) != n, len(model_input) // max(n, 1)
+    learned = m.shape[1] != x.shape[1]
+    assert 0 <= which < len(table) and x0.shape == x.shape and m.shape == (n << halves, x.shape[1] << learned, *x.shape[2:])
+    assert model_input.shape == (n * copies, *x.shape[1:]) and (noise is None or noise.shape == x.shape)
+    assert len(history) == 0 or history.shape == (reference.SLOTS, *x.shape)
+    assert seeds.dtype == ids.dtype == torch.int64 and seeds.shape == ids.shape == guidance.shape == (n,)
+    seeds, ids = seeds.contiguous(), ids.contiguous()
+    library.fastdiff_solver_step(
+        x.data_ptr(), x0.data_ptr(), m.data_ptr(), model_input.data_ptr(), history.data_ptr() if len(history) else None,
+        table[which].data_ptr(), which, seeds.data_ptr(), ids.data_ptr(), guidance.data_ptr(), None if noise is None else noise.data_ptr(), n, numel,
+        halves, learned, copies,
+    )  # fmt: skip
 
 
 def group_norm_silu(x: Tensor, norm: Norm, style: Tensor | None = None, which: Tensor | None = None) -> Tensor:

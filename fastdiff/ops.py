@@ -130,15 +130,10 @@ def _(*args: Any) -> None:
 
 
 @solver_step.register_kernel("cpu")
-def _(x: Tensor, x0: Tensor, m: Tensor, model_input: Tensor, history: Tensor, table: Tensor, row: Tensor, *args: Any) -> None:
-    seeds, ids, guidance, *given = args
-    noise = given[0] if given else None
-    if noise is None and len(x) and table[row.reshape(()), _NOISE] != 0:
-        noise = _normal(seeds, ids, row, x[0].numel()).reshape(x.shape)
-    reference.solver_step(x, x0, m, model_input, history, table, row, seeds, ids, guidance, noise)
-
-
-_NOISE = reference.COLUMNS.index("s")
+def _(x: Tensor, x0: Tensor, m: Tensor, model_input: Tensor, history: Tensor, table: Tensor, *args: Any) -> None:
+    _, _, _, guidance, *noise = args
+    step = native if native.steps(x, x0, m, model_input, history, table, guidance, *noise) else reference
+    step.solver_step(x, x0, m, model_input, history, table, *args)
 
 
 @solver_step.register_fake

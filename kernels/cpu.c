@@ -109,24 +109,87 @@ INLINE void box_muller(const uint32_t *one, const uint32_t *two, float *first, f
   }
 }
 
-/* The noise stream of n samples. counters: one for all, or, `step` 1, one for each. What is made: words [n, quads, 4]; or, NULL, z [n, numel], element
-   e from the words of quad e / 4. */
-void fastdiff_noise(const uint64_t *seeds, const uint64_t *ids, const int64_t *counters, long step, int64_t *words, float *z, long n, long numel) {
+/* What is worked on at a time of a sample: QUADS counters, four words each. */
+enum { PIECE = 4 * QUADS };
+
+/* A piece of a sample's noise, from element 4 quad on. */
+static void normals(float z[PIECE], uint64_t seed, uint64_t id, uint32_t counter, uint32_t quad) {
+  uint32_t words[4][QUADS];
+  float parts[4][QUADS];
+  philox(words, seed, id, counter, quad);
+  box_muller(words[0], words[1], parts[0], parts[1]);
+  box_muller(words[2], words[3], parts[2], parts[3]);
+  for (int q = 0; q < QUADS; q++)
+    for (int k = 0; k < 4; k++) z[4 * q + k] = parts[k][q];
+}
+
+/* The noise stream of n samples, z [n, numel], element e from the words of quad e / 4. counters: one for all, or, `step` 1, one for each. */
+void fastdiff_normal(const uint64_t *seeds, const uint64_t *ids, const int64_t *counters, long step, float *z, long n, long numel) {
+  float piece[PIECE];
   for (long i = 0; i < n; i++)
-    for (long quad = 0; 4 * quad < numel; quad += QUADS) {
-      uint32_t made[4][QUADS];
-      float parts[4][QUADS], whole[4 * QUADS];
-      const long left = numel - 4 * quad, many = left < 4 * QUADS ? left : 4 * QUADS;
-      philox(made, seeds[i], ids[i], (uint32_t)counters[i * step], (uint32_t)quad);
-      if (words) {
-        for (long k = 0; k < many; k++) words[i * numel + 4 * quad + k] = made[k % 4][k / 4];
-        continue;
+    for (long start = 0; start < numel; start += PIECE) {
+      normals(piece, seeds[i], ids[i], (uint32_t)counters[i * step], (uint32_t)(start / 4));
+      memcpy(z + i * numel + start, piece, (numel - start < PIECE ? numel - start : PIECE) * sizeof *z);
+    }
+}
+
+/* Its words [n, quads, 4]. */
+void fastdiff_noise_words(const uint64_t *seeds, const uint64_t *ids, const int64_t *counters, long step, int64_t *words, long n, long quads) {
+  uint32_t piece[4][QUADS];
+  for (long i = 0; i < n; i++)
+    for (long quad = 0; quad < quads; quad += QUADS) {
+      philox(piece, seeds[i], ids[i], (uint32_t)counters[i * step], (uint32_t)quad);
+      for (long q = 0; q < QUADS && quad + q < quads; q++)
+        for (int k = 0; k < 4; k++) words[4 * (i * quads + quad + q) + k] = piece[k][q];
+    }
+}
+
+/* A row of a solver's table, in the order of reference.COLUMNS. */
+struct row {
+  float px, pm, clip, a, b, c, d, s, c_next, h[3], slot, save_x, save_x0, log_s;
+};
+
+/* reference.solver_step of n samples of `numel` numbers. m: of 2 n samples with `halves`, of twice as many numbers with `learned`. history: of three
+   times n samples, or NULL. copies: of what goes into model_input. noise: [n, numel], or NULL for the stream's. */
+void fastdiff_solver_step(float *x, float *x0, const float *m, float *model_input, float *history, const struct row *row, uint32_t counter,
+                          const uint64_t *seeds, const uint64_t *ids, const float *guidance, const float *noise, long n, long numel, int halves, int learned,
+                          int copies) {
+  const long all = n * numel, of_m = learned ? 2 * numel : numel;
+  float *const kept = history && row->slot >= 0 ? history + (long)row->slot * all : NULL;
+  for (long i = 0; i < n; i++)
+    for (long start = 0; start < numel; start += PIECE) {
+      const long many = numel - start < PIECE ? numel - start : PIECE, at = i * numel + start;
+      const float *const says = m + i * of_m + start, *const plain = says + n * of_m, w = guidance[i];
+      float model[PIECE], guess[PIECE], next[PIECE], z[PIECE];
+      if (halves)
+        for (long e = 0; e < many; e++) model[e] = plain[e] + w * (says[e] - plain[e]);
+      else
+        memcpy(model, says, many * sizeof *m);
+      for (long e = 0; e < many; e++) {
+        const float v = row->px * x[at + e] + row->pm * model[e], high = v > row->clip ? row->clip : v; /* NaN stays */
+        guess[e] = high < -row->clip ? -row->clip : high;
       }
-      box_muller(made[0], made[1], parts[0], parts[1]);
-      box_muller(made[2], made[3], parts[2], parts[3]);
-      for (int q = 0; q < QUADS; q++)
-        for (int k = 0; k < 4; k++) whole[4 * q + k] = parts[k][q];
-      memcpy(z + i * numel + 4 * quad, whole, many * sizeof *z);
+      for (long e = 0; e < many; e++) next[e] = row->a * x[at + e] + row->b * guess[e] + row->d * model[e];
+      if (row->c != 0)
+        for (long e = 0; e < many; e++) next[e] += row->c * x0[at + e];
+      for (int k = 0; k < 3; k++)
+        if (history && row->h[k] != 0)
+          for (long e = 0; e < many; e++) next[e] += row->h[k] * history[k * all + at + e];
+      if (kept)
+        for (long e = 0; e < many; e++) kept[at + e] = row->save_x * x[at + e] + row->save_x0 * guess[e];
+      if (row->s != 0) {
+        if (noise)
+          memcpy(z, noise + at, many * sizeof *z);
+        else
+          normals(z, seeds[i], ids[i], counter, (uint32_t)(start / 4));
+        if (learned)
+          for (long e = 0; e < many; e++) z[e] *= expf(row->log_s * says[numel + e]);
+        for (long e = 0; e < many; e++) next[e] += row->s * z[e];
+      }
+      memcpy(x + at, next, many * sizeof *x);
+      memcpy(x0 + at, guess, many * sizeof *x0);
+      for (int copy = 0; copy < copies; copy++)
+        for (long e = 0; e < many; e++) model_input[copy * all + at + e] = row->c_next * next[e];
     }
 }
 

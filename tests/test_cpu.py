@@ -79,47 +79,122 @@ def test_noise_touches_its_own_alone():
     for numel in (5, 768):
         outer, z = guarded(3 * numel, 7.0)
         columns = [torch.arange(3) for _ in range(3)]
-        native._library().fastdiff_noise(*(column.data_ptr() for column in columns), 1, None, z.data_ptr(), 3, numel)
+        native._library().fastdiff_normal(*(column.data_ptr() for column in columns), 1, z.data_ptr(), 3, numel)
         assert untouched(outer) and torch.equal(z.view(3, numel), native.normal(*columns, numel))
 
 
-@pytest.mark.parametrize("op", ["add_noise", "solver_step", "scheduler_step"])
+@pytest.mark.parametrize("op", ["add_noise", "scheduler_step"])
 def test_an_operation_makes_its_noise_in_c(op, monkeypatch):
     """And without a compiler as its definition does; both to rounding."""
-    n, shape = 3, (3, 4, 4)
-    x, m, ids = torch.randn(n, *shape), torch.randn(n, *shape), torch.arange(n)
-    calls, plain = [], native.normal
+    g = torch.Generator().manual_seed(0)
+    x, m, ids, calls, plain = torch.randn(3, 3, 4, 4, generator=g), torch.randn(3, 3, 4, 4, generator=g), torch.arange(3), [], native.normal
     monkeypatch.setattr(native, "normal", lambda *args: calls.append(args) or plain(*args))
-
-    def run():
-        if op == "add_noise":
-            return ops.add_noise(x, torch.tensor([0, 1, 1]), torch.rand(2, 4), None, ids, ids, torch.tensor([3]), True)
-        if op == "scheduler_step":
-            return ops.scheduler_step(m, x, table, ids, None, ids, ids, None, None, None, False)
-        made = [x.clone(), torch.zeros_like(x), m, torch.empty_like(x), torch.empty(0, *x.shape)]
-        ops.solver_step(*made, table, torch.tensor([1]), ids, ids, torch.ones(n))
-        return made
-
-    columns = reference.COLUMNS if op == "solver_step" else reference.STEP_COLUMNS
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        table = torch.rand(3, len(columns))
-        table[:, columns.index("clip")] = 9
-        if op == "scheduler_step":
-            table[:, -1] = torch.arange(3)
-        states = [torch.get_rng_state()]
-        in_c = run()
-        assert len(calls) == 1
-        monkeypatch.setattr(native, "available", lambda: False)
-        torch.set_rng_state(states[0])
-        for ours, theirs in zip(in_c, run(), strict=True):
-            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    if op == "add_noise":
+        table = torch.rand(2, 4, generator=g)
+        given = (x, torch.tensor([0, 1, 1]), table, None, ids, ids, torch.tensor([3]), True)
+    else:
+        table = torch.rand(3, len(reference.STEP_COLUMNS), generator=g)
+        table[:, reference.STEP_COLUMNS.index("clip")], table[:, -1] = 9, torch.arange(3)
+        given = (m, x, table, ids, None, ids, ids, None, None, None, False)
+    in_c = getattr(ops, op)(*given)
     assert len(calls) == 1
-    if op == "solver_step":
-        monkeypatch.setattr(native, "available", lambda: True)
-        table[1, columns.index("s")] = 0
-        run()
-        assert len(calls) == 1, "a row without noise makes none"
+    monkeypatch.setattr(native, "available", lambda: False)
+    for ours, theirs in zip(in_c, getattr(ops, op)(*given), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert len(calls) == 1
+
+
+STEPS = {
+    "plain": {},
+    "no noise": {"s": 0.0},
+    "history, a slot": {"history": True, "slot": 1.0},
+    "history, none kept": {"history": True, "slot": -1.0, "h1": 0.0},
+    "two halves": {"halves": True},
+    "two halves of input, one of m": {"wide": True},
+    "a learned variance": {"learned": True},
+    "a learned variance, two halves": {"learned": True, "halves": True},
+    "noise that is given": {"given": True},
+    "no clipping": {"clip": float("inf")},
+    "coefficients that ignore": {"c": 0.0, "h0": 0.0, "h1": 0.0, "h2": 0.0, "s": 0.0, "slot": -1.0, "history": True, "nothing": True},
+}
+
+
+def step_arguments(shape, n, history=False, halves=False, wide=False, learned=False, given=False, nothing=False, **columns):
+    """Of `solver_step`, with a row of random coefficients but for those that are said. nothing: what they ignore is NaN."""
+    g = torch.Generator().manual_seed(n)
+
+    def random(*size):
+        return torch.randn(size, generator=g)
+
+    table = 0.5 * random(3, len(reference.COLUMNS))
+    for name, value in {"clip": 1.0, "slot": -1.0, "log_s": 0.3, **columns}.items():
+        table[1, reference.COLUMNS.index(name)] = value
+    x, x0 = random(n, *shape), random(n, *shape)
+    m = random(n << halves, shape[0] << learned, *shape[1:])
+    kept = random(reference.SLOTS if history else 0, n, *shape)
+    if nothing:
+        x0.fill_(torch.nan)
+        kept.fill_(torch.nan)
+    seeds, ids = (torch.randint(-(1 << 62), 1 << 62, (n,), generator=g) for _ in range(2))
+    noise = torch.full_like(x, torch.nan) if nothing else random(n, *shape) if given else None
+    return [x, x0, m, random(n << (halves or wide), *shape), kept, table, torch.tensor([1]), seeds, ids, 1 + random(n), noise]
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (1, 1, 5), (2, 13, 11)])
+@pytest.mark.parametrize("n", [0, 1, 4])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_is_its_definition(name, n, shape):
+    ours, theirs = step_arguments(shape, n, **STEPS[name]), step_arguments(shape, n, **STEPS[name])
+    before = [tensor.clone() for tensor in ours[5:10]]
+    assert native.steps(*ours[:6], *ours[9:])
+    ops.solver_step(*ours)
+    reference.solver_step(*theirs)
+    for one, other in zip(ours[:5], theirs[:5], strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-6, equal_nan=STEPS[name].get("nothing", False))
+    assert all(map(torch.equal, ours[5:10], before))
+    if STEPS[name].get("nothing"):
+        assert all(tensor.isfinite().all() for tensor in (ours[0], ours[1], ours[3]))
+
+
+def test_a_number_that_is_none_stays_so_in_a_step():
+    arguments = step_arguments((3, 8, 8), 2)
+    arguments[2][1, 2, 3, 4] = torch.nan
+    ops.solver_step(*arguments)
+    x, x0, _, given, *_ = arguments
+    for made in (x, x0, given):
+        assert made.isnan().nonzero().tolist() == [[1, 2, 3, 4]]
+
+
+def test_a_step_of_other_dtypes_or_layouts_is_the_definitions():
+    for change in (
+        {2: lambda m: m.bfloat16()},
+        {3: lambda given: given.bfloat16()},
+        {2: lambda m: m.to(memory_format=torch.channels_last)},
+        {10: lambda noise: noise.double()},
+    ):
+        ours, theirs = (step_arguments((3, 8, 8), 2, given=True) for _ in range(2))
+        for arguments in (ours, theirs):
+            for i, changed in change.items():
+                arguments[i] = changed(arguments[i])
+        assert not native.steps(*ours[:6], *ours[9:])
+        ops.solver_step(*ours)
+        reference.solver_step(*theirs)
+        assert all(map(torch.equal, ours[:4], theirs[:4]))
+
+
+def test_a_step_touches_its_own_alone():
+    for name in STEPS:
+        arguments = step_arguments((3, 5, 5), 3, **STEPS[name])
+        outers = []
+        for i in (0, 1, 3, 4):
+            outer, inner = guarded(arguments[i].numel(), 7.0, arguments[i].flatten())
+            arguments[i] = inner.view(arguments[i].shape)
+            outers.append(outer)
+        m = arguments[2]
+        arguments[2] = guarded(m.numel(), torch.nan, m.flatten())[1].view(m.shape)
+        native.solver_step(*arguments)
+        assert all(map(untouched, outers))
+        assert all(tensor.isfinite().all() for tensor in (arguments[0], arguments[1], arguments[3]))
 
 
 SHAPES = [
