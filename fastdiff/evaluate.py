@@ -512,7 +512,7 @@ def sweep(
             found = stick.measure(
                 images, stick.labels, None if labels is None else stick.labels, progress=lambda k: bar.update(extra * k / (3 * n))
             )
-            rows.append({"solver": solver, "steps": steps, "evaluations": count, "seconds": round(seconds, 2), **as_json(found)})
+            rows.append({"solver": solver, "steps": steps, "evaluations": count, "seconds": round(seconds, 4), **as_json(found)})
             save_json(path, {"about": about, **floors(stick), "rows": rows})
     place = {name: i for i, name in enumerate(solvers.names())}
     rows.sort(key=lambda row: (place.get(row["solver"], len(place)), row["evaluations"]))
@@ -538,7 +538,8 @@ def sweep_table(report: dict[str, Any]) -> str:
     for row in [*report["rows"], *({"solver": name, "metrics": other["metrics"]} for name, other in others.items() if other)]:
         cells = [written(estimate_of(row["metrics"].get(key)), digits, key == "frechet") for key, _, digits in keys]
         chosen = row["solver"] == picked["solver"] and row.get("steps") == picked["steps"]
-        lines.append([row["solver"] + " <-" * chosen, *(str(row.get(key, "")) for key in ("steps", "evaluations", "seconds")), *cells])
+        took = f"{row['seconds']:.3g}" if "seconds" in row else ""
+        lines.append([row["solver"] + " <-" * chosen, *(str(row.get(key, "")) for key in ("steps", "evaluations")), took, *cells])
     return aligned(lines)
 
 

@@ -132,6 +132,7 @@ def _(*args: Any) -> None:
 @solver_step.register_kernel("cpu")
 def _(x: Tensor, x0: Tensor, m: Tensor, model_input: Tensor, history: Tensor, table: Tensor, *args: Any) -> None:
     _, _, _, guidance, *noise = args
+    m = m.float().contiguous()
     step = native if native.steps(x, x0, m, model_input, history, table, guidance, *noise) else reference
     step.solver_step(x, x0, m, model_input, history, table, *args)
 

@@ -32,11 +32,13 @@ from .unet import UNet
 
 __all__ = ["Sampler", "State", "Trajectory"]
 
-# Rows of one network call when micro_batch is "auto". CPU: 64 was as fast as 128 and faster than 16 (docs/network.md).
+# Rows of one network call when micro_batch is "auto". CPU: 128 were some percent faster than 64 (docs/network.md).
 # CUDA: enough to fill the chip; one shape for all, so that images do not depend on how many are asked for.
-AUTO_ROWS = {"cpu": 64, "cuda": 1024}
-# Fewer rows, so that few images occupy all cores, and fill none up: only where the network gives the same bits (see `_same_bits`).
-FEWER_ROWS = (32, 16, 8, 4, 2, 1)
+AUTO_ROWS = {"cpu": 128, "cuda": 1024}
+# Fewer rows, so that few images occupy all cores, and fill none up: only where the network gives the same bits (see `_gives_same`).
+FEWER_ROWS = (64, 32, 16, 8, 4, 2, 1)
+# Of a network that does not even for so many, this is the one shape: few images fill it on all cores.
+SPREAD_ROWS = 32
 # A call of the network takes a CPU as long as this many rows more would; and, since its cores read the weights from the same memory, no less than so
 # many for each of them.
 CALL_ROWS, CORE_ROWS = 8, 6
@@ -154,7 +156,7 @@ class Sampler:
         self._run_by({True: "compiled", False: "eager", "auto": self._recalled()}.get(compile, "fused"))
         self._network: Network | None = None
         self._engines: collections.OrderedDict[Kind, Engine] = collections.OrderedDict()
-        self._equal: tuple[int, ...] | None = None
+        self._same: dict[int, bool] = {}  # of numbers of rows, whether they give the same bits
         self._room = sys.maxsize  # rows of a network call that there is memory for
         self._lock = threading.RLock()
 
@@ -200,31 +202,38 @@ class Sampler:
     def size(self, guided: bool, n: int | None = None, mixed: bool = False) -> int:
         """Images per micro-batch, for n images, or for many. mixed: guided in some rows only, so that the network is called with half as many, too."""
         halves = 2 if guided else 1
-        tried = self.device.type == "cpu" and not self.compile and self.micro_batch == "auto"
-        threads, same = _threads(), self._same_bits() if tried else ()
-        room = max(self._room // halves, 1)  # trying may have found that there is less
+        rows = self._rows(n, halves, mixed)
+        return max(min(rows // halves, self._room // halves), 1)  # trying may have found that there is less room
+
+    def _rows(self, n: int | None, halves: int, mixed: bool) -> int:
+        """Rows of a network call, for n images of so many rows each."""
         if self.micro_batch != "auto":
-            return min(int(self.micro_batch), room)
-        if self.device.type != "cpu" or self.compile:
-            return min((COMPILED_ROWS if self.device.type == "cpu" else AUTO_ROWS[self.device.type]) // halves, room)
-        if len(same) == 1:  # one shape for all, and one that few images fill on all cores
-            return min(FEWER_ROWS[0] // halves, room)
-        if n is None or n * halves >= 2 * threads * same[0]:
-            return min(same[0] // halves, room)
-        same = tuple(rows for rows in same if rows >= halves)
-        if mixed:
-            same = tuple(rows for rows in same if rows == same[0] or {rows // 2, same[0] // 2} <= set(same))
+            return int(self.micro_batch) * halves
+        if self.device.type != "cpu":
+            return AUTO_ROWS[self.device.type]
+        if self.compile:
+            return COMPILED_ROWS
+        if not self._gives_same(SPREAD_ROWS):
+            return SPREAD_ROWS
+        most, threads = self._most(), _threads()
+        if n is None or n * halves >= 2 * threads * most:
+            return most
 
         def cost(rows: int) -> int:
             calls = math.ceil(n * halves / rows)
             return math.ceil(calls / threads) * max(rows + CALL_ROWS, min(calls, threads) * CORE_ROWS)
 
-        return min(min(same, key=cost) // halves, room)
+        for rows in sorted((most, *(rows for rows in FEWER_ROWS if halves <= rows < most)), key=cost):
+            if all(self._gives_same(called) for called in ((rows, rows // 2, most // 2) if mixed else (rows,))):
+                return rows
+        return most
 
-    def _same_bits(self) -> tuple[int, ...]:
-        """Rows of a network call, the most first, that all give the same bits, by trying: for another shape a library may sum in another order."""
-        while self._equal is None:
-            most = min(AUTO_ROWS["cpu"], self._room)
+    def _most(self) -> int:
+        return min(AUTO_ROWS["cpu"], self._room)
+
+    def _gives_same(self, rows: int) -> bool:
+        """Whether a network call of so many rows gives the bits of one of the most, by trying: for another shape a library may sum in another order."""
+        while (most := self._most()) not in self._same or (rows < most and rows not in self._same):
             x = noise.normal(0, range(most), 0, self.shape, stream="draw").to(self.dtype)
             labels = None if self.num_classes is None else torch.arange(most) % (self.num_classes + 1)
             t, network = self.table.tensors("cpu")[1][:1], self._take_network()
@@ -236,23 +245,17 @@ class Sampler:
 
             try:
                 with torch.no_grad(), _evaluating(self.model), _one_thread():
+                    network.refresh()
                     full = call(0, most)
                     fits = isinstance(full, Tensor) and full.device == self.device and full.shape[:1] == (most,)
-                    self._equal = (
-                        most,
-                        *(
-                            rows
-                            for rows in FEWER_ROWS
-                            if fits
-                            and rows < most
-                            and all(torch.equal(call(i, i + rows), full[i : i + rows]) for i in range(0, most, max(rows, most // 4)))
-                        ),
-                    )
+                    places = range(0, most - rows + 1, max(rows, most // 4))
+                    self._same |= {rows: fits and all(torch.equal(call(i, i + rows), full[i : i + rows]) for i in places), most: True}
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
                 if most == 1 or not _is_out_of_memory(e):
                     raise
                 self._room = most // 2
-        return self._equal
+                self._same.clear()
+        return self._same[rows] if rows <= most else False
 
     @contextlib.contextmanager
     def _working(self) -> Iterator[None]:
@@ -325,7 +328,7 @@ class Sampler:
         best = min(result, key=result.__getitem__)
         if self._asked == "auto" and not self.fp8 and best != self._way:
             self._run_by(best)
-            self._network, self._equal = None, None
+            self._network, self._same = None, {}
             self._engines.clear()
         return result
 

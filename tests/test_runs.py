@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from killing import FLAGS, ROOT, Process, contents, free_port, ranks, rounds, wait_for
 
-from fastdiff import cli, data, load, runs, sample
+from fastdiff import cli, data, load, native, runs, sample
 from fastdiff.distributed import Group, join
 from fastdiff.loop import Loop
 from fastdiff.runs import MAX_SHARDS, Manifest, Plan, RunError
@@ -749,6 +749,7 @@ def test_two_collections_into_one_file_are_both_whole(finished, tmp_path):
 
 
 def small_files(flags, limit):
+    assert native.available()  # a compiler writes a file, too, and what has been compiled is kept
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     return sample.main(flags)
 
