@@ -41,7 +41,10 @@ class Job:
 # time limit would cut it off.
 JOBS = [
     Job("cpu", 64, steps=5),
+    Job("cpu", 1),
+    Job("cpu", 16, steps=10),
     Job("cpu", 256, steps=2),
+    Job("cpu", 1024, steps=1),
     Job("cpu", 64, "ddpm", steps=2),
     Job("cpu", 64, "dpmpp_2m", steps=2),
     Job("cpu", 64, steps=2, guidance=2.0),
