@@ -271,7 +271,7 @@ class Loop:
         self.mask.copy_(mask)
 
     def _normal(self, counter: Tensor) -> Tensor:
-        z: Tensor = ops.normal(self.seeds, self.ids, counter, self.x[0].numel())
+        z: Tensor = ops.straight(ops.normal, self.seeds, self.ids, counter, self.x[0].numel())
         return z.reshape(self.x.shape)
 
     def _feed(self, scale: float | Tensor) -> None:
@@ -295,8 +295,8 @@ class Loop:
         m = self._checked(m, x)
         if kind.guide is not None or kind.threshold is not None:
             m = self._reshaped(m, guided)
-        ops.solver_step(
-            self.x, self.x0, m, self.model_input, self.history, engine.table, self.row, self.seeds, self.ids, self.guidance, self.z
+        ops.straight(
+            ops.solver_step, self.x, self.x0, m, self.model_input, self.history, engine.table, self.row, self.seeds, self.ids, self.guidance, self.z
         )  # fmt: skip
         if kind.painted:
             self._paint()

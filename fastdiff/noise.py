@@ -58,7 +58,7 @@ def normal(seed: int | Sequence[int] | Tensor, ids: Sequence[int] | Tensor, row:
     ids, seeds = column64(ids, n, device), column64(seed, n, device)
     if len(seeds) != n:
         raise ValueError(f"{len(seeds)} seeds for {n} ids; give one seed, or one per id")
-    z: Tensor = ops.normal(seeds, ids, counter(stream, row, device), int(np.prod(shape, dtype=np.int64)))
+    z: Tensor = ops.straight(ops.normal, seeds, ids, counter(stream, row, device), int(np.prod(shape, dtype=np.int64)))
     return z.reshape(n, *shape)
 
 

@@ -54,10 +54,6 @@ def _(*args: Any) -> Any:
 
 
 @normal.register_kernel("cpu")
-def _(*args: Any) -> Any:
-    return _normal(*args)
-
-
 def _normal(seeds: Tensor, ids: Tensor, counter: Tensor, numel: int) -> Tensor:
     """The noise stream on a CPU."""
     return native.normal(seeds, ids, counter, numel) if native.available() else reference.normal(seeds, ids, counter, numel).contiguous()
@@ -130,7 +126,7 @@ def _(*args: Any) -> None:
 
 
 @solver_step.register_kernel("cpu")
-def _(x: Tensor, x0: Tensor, m: Tensor, model_input: Tensor, history: Tensor, table: Tensor, *args: Any) -> None:
+def _solver_step(x: Tensor, x0: Tensor, m: Tensor, model_input: Tensor, history: Tensor, table: Tensor, *args: Any) -> None:
     _, _, _, guidance, *noise = args
     m = m.float().contiguous()
     step = native if native.steps(x, x0, m, model_input, history, table, guidance, *noise) else reference
@@ -140,6 +136,17 @@ def _(x: Tensor, x0: Tensor, m: Tensor, model_input: Tensor, history: Tensor, ta
 @solver_step.register_fake
 def _(*args: Any) -> None:
     return None
+
+
+_ON_CPU = {normal: _normal, solver_step: _solver_step}
+
+
+def straight(op: Any, *args: Any) -> Any:
+    """op(*args), of `normal` and `solver_step`. On a CPU where nothing is being compiled its kernel itself is called: torch's dispatcher of custom
+    operations imports the compiler first, which takes a second, and takes longer than a step of few images does."""
+    if args[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        return _ON_CPU[op](*args)
+    return op(*args)
 
 
 @custom_op("fastdiff::scheduler_step", mutates_args=())

@@ -98,3 +98,13 @@ def test_the_suite_is_shared_once(worker, named, pytestconfig, monkeypatch):
     own.pytest_cmdline_main(config)
     shared = not worker and not named and not own.CUDA and pytestconfig.pluginmanager.hasplugin("xdist")
     assert (option.numprocesses is not None) == (option.dist == "loadfile") == shared
+
+
+def test_sampling_on_a_cpu_does_not_wait_for_the_compiler():
+    """torch._dynamo takes a second to import, longer than the images of a learner."""
+    code = (
+        "import sys, torch, fastdiff; s = fastdiff.load('sprites').sampler(device='cpu', compile=False); "
+        "print(s(2, steps=2, labels=0).shape, 'torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "torch.Size([2, 3, 16, 16]) False\n", done.stderr
