@@ -4,7 +4,7 @@ F(4 x 4, 3 x 3)), and a residual block's norms, convolutions and sum in one call
     y = A^T [(G w G^T) * (B^T x B)] A
 
 where x is 6 x 6 pixels for 4 x 4 of y, and the product in the middle is one of channels for each of 36 places: 36 matrix products, of all tiles of
-all images. In C (`native`) that is PLACEHOLDER times as fast as the direct convolution (benchmarks/bench_cpu.py), of any size that 4 divides, and an
+all images. In C (`native`) that is twice as fast as the direct convolution (benchmarks/bench_cpu.py), of any size that 4 divides, and an
 image's bits do not depend on what other images there are. Without a C compiler all are matrix products of PyTorch's, which pay on images of 4 x 4
 pixels alone.
 """
@@ -180,6 +180,7 @@ def faster(model: nn.Module) -> nn.Module:
     for parent in list(twin.modules()):
         for name, child in list(parent.named_children()):
             if WinogradConv2d.fits(child):
+                child.__class__ = PairedConv2d
                 setattr(parent, name, WinogradConv2d(child))  # type: ignore[arg-type]
             elif FusedResBlock.fits(child):
                 setattr(parent, name, FusedResBlock(child))  # type: ignore[arg-type]
