@@ -83,12 +83,12 @@ def _library() -> ctypes.CDLL | None:
     for name, arguments in {
         "normal": [*[pointer] * 3, number, pointer, number, number],
         "noise_words": [*[pointer] * 3, number, pointer, number, number],
-        "solver_step": [*[pointer] * 6, ctypes.c_uint32, *[pointer] * 4, number, number, *[ctypes.c_int] * 3],
+        "solver_step": [*[pointer] * 6, number, *[pointer] * 5, number, number, *[ctypes.c_int] * 3],
         "group_norm_silu": [pointer, pointer, ctypes.POINTER(_Norm), pointer, number, pointer, *[number] * 3, pointer],
         "block": [ctypes.POINTER(_Block), pointer, pointer, number, pointer, number, pointer, *[number] * 4, pointer],
     }.items():
         function = getattr(library, f"fastdiff_{name}")
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = arguments, ctypes.c_int if name == "solver_step" else None
     return library
 
 
@@ -202,18 +202,21 @@ def solver_step(
     """See `reference.solver_step`, of what `steps` says."""
     library, n = _library(), len(x)
     assert library is not None and steps(x, x0, m, model_input, history, table, guidance, noise)
-    numel, which, halves, copies = x[0].numel() if n else 0, int(row), len(m) != n, len(model_input) // max(n, 1)
+    numel, halves, copies = x[0].numel() if n else 0, len(m) != n, len(model_input) // max(n, 1)
     learned = m.shape[1] != x.shape[1]
-    assert 0 <= which < len(table) and x0.shape == x.shape and m.shape == (n << halves, x.shape[1] << learned, *x.shape[2:])
+    row = row.to(torch.int64)
+    assert table.shape[1:] == (len(reference.COLUMNS),) and row.numel() == 1
+    assert x0.shape == x.shape and m.shape == (n << halves, x.shape[1] << learned, *x.shape[2:])
     assert model_input.shape == (n * copies, *x.shape[1:]) and (noise is None or noise.shape == x.shape)
     assert len(history) == 0 or history.shape == (reference.SLOTS, *x.shape)
     assert seeds.dtype == ids.dtype == torch.int64 and seeds.shape == ids.shape == guidance.shape == (n,)
     seeds, ids = seeds.contiguous(), ids.contiguous()
-    library.fastdiff_solver_step(
-        x.data_ptr(), x0.data_ptr(), m.data_ptr(), model_input.data_ptr(), history.data_ptr() if len(history) else None,
-        table[which].data_ptr(), which, seeds.data_ptr(), ids.data_ptr(), guidance.data_ptr(), None if noise is None else noise.data_ptr(), n, numel,
-        halves, learned, copies,
+    done = library.fastdiff_solver_step(
+        x.data_ptr(), x0.data_ptr(), m.data_ptr(), model_input.data_ptr(), history.data_ptr() if len(history) else None, table.data_ptr(), len(table),
+        row.data_ptr(), seeds.data_ptr(), ids.data_ptr(), guidance.data_ptr(), None if noise is None else noise.data_ptr(), n, numel, halves, learned,
+        copies,
     )  # fmt: skip
+    assert done, "row is not one of the table's"
 
 
 def group_norm_silu(x: Tensor, norm: Norm, style: Tensor | None = None, which: Tensor | None = None) -> Tensor:

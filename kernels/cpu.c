@@ -149,11 +149,14 @@ struct row {
   float px, pm, clip, a, b, c, d, s, c_next, h[3], slot, save_x, save_x0, log_s;
 };
 
-/* reference.solver_step of n samples of `numel` numbers. m: of 2 n samples with `halves`, of twice as many numbers with `learned`. history: of three
-   times n samples, or NULL. copies: of what goes into model_input. noise: [n, numel], or NULL for the stream's. */
-void fastdiff_solver_step(float *x, float *x0, const float *m, float *model_input, float *history, const struct row *row, uint32_t counter,
-                          const uint64_t *seeds, const uint64_t *ids, const float *guidance, const float *noise, long n, long numel, int halves, int learned,
-                          int copies) {
+/* reference.solver_step of n samples of `numel` numbers, by row `which` of a table of `rows`; 0, and nothing done, if there is no such row. m: of 2 n
+   samples with `halves`, of twice as many numbers with `learned`. history: of three times n samples, or NULL. copies: of what goes into model_input.
+   noise: [n, numel], or NULL for the stream's. */
+int fastdiff_solver_step(float *x, float *x0, const float *m, float *model_input, float *history, const struct row *table, long rows,
+                         const int64_t *which, const uint64_t *seeds, const uint64_t *ids, const float *guidance, const float *noise, long n,
+                         long numel, int halves, int learned, int copies) {
+  if (*which < 0 || *which >= rows) return 0;
+  const struct row *const row = table + *which;
   const long all = n * numel, of_m = learned ? 2 * numel : numel;
   float *const kept = history && row->slot >= 0 ? history + (long)row->slot * all : NULL;
   for (long i = 0; i < n; i++)
@@ -181,7 +184,7 @@ void fastdiff_solver_step(float *x, float *x0, const float *m, float *model_inpu
         if (noise)
           memcpy(z, noise + at, many * sizeof *z);
         else
-          normals(z, seeds[i], ids[i], counter, (uint32_t)(start / 4));
+          normals(z, seeds[i], ids[i], (uint32_t)*which, (uint32_t)(start / 4));
         if (learned)
           for (long e = 0; e < many; e++) z[e] *= expf(row->log_s * says[numel + e]);
         for (long e = 0; e < many; e++) next[e] += row->s * z[e];
@@ -191,6 +194,7 @@ void fastdiff_solver_step(float *x, float *x0, const float *m, float *model_inpu
       for (int copy = 0; copy < copies; copy++)
         for (long e = 0; e < many; e++) model_input[copy * all + at + e] = row->c_next * next[e];
     }
+  return 1;
 }
 
 /* Sums over the pixels, for LANES channels, of x - centre and of its square; even and odd pixels apart, for additions to overlap. */

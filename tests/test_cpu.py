@@ -152,6 +152,10 @@ def test_a_step_is_its_definition(name, n, shape):
     for one, other in zip(ours[:5], theirs[:5], strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-6, equal_nan=STEPS[name].get("nothing", False))
     assert all(map(torch.equal, ours[5:10], before))
+    again = step_arguments(shape, n, **STEPS[name])
+    again[6] = again[6].int()
+    ops.solver_step(*again)
+    assert torch.equal(again[3], ours[3])
     if STEPS[name].get("nothing"):
         assert all(tensor.isfinite().all() for tensor in (ours[0], ours[1], ours[3]))
 
@@ -185,6 +189,16 @@ def test_a_step_of_other_dtypes_is_the_definitions():
         ops.solver_step(*ours)
         reference.solver_step(*theirs)
         assert all(map(torch.equal, ours[:4], theirs[:4]))
+
+
+@pytest.mark.parametrize("row", [-1, 3, 1 << 40])
+def test_a_step_by_a_row_that_there_is_not_is_refused(row):
+    arguments = step_arguments((3, 8, 8), 2)
+    x = arguments[0].clone()
+    arguments[6] = torch.tensor([row])
+    with pytest.raises(AssertionError, match="row is not one of the table's"):
+        native.solver_step(*arguments)
+    assert torch.equal(arguments[0], x)
 
 
 def test_a_step_touches_its_own_alone():
