@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -169,22 +169,22 @@ def covers(x: Tensor, *channels: int) -> bool:
 
 def noise_words(seeds: Tensor, ids: Tensor, counter: Tensor, quads: int) -> Tensor:
     """See `reference.noise_words`."""
-    made = torch.empty(len(ids), quads, 4, dtype=torch.int64)
-    return _noise("noise_words", seeds, ids, counter, made, quads)
+    library, made = _library(), torch.empty(len(ids), quads, 4, dtype=torch.int64)
+    assert library is not None
+    return _noise(library.fastdiff_noise_words, seeds, ids, counter, made, quads)
 
 
 def normal(seeds: Tensor, ids: Tensor, counter: Tensor, numel: int) -> Tensor:
     """See `reference.normal`; logarithms, roots and cosines are rounded otherwise in their last bits."""
-    return _noise("normal", seeds, ids, counter, torch.empty(len(ids), numel), numel)
+    library = _library()
+    assert library is not None
+    return _noise(library.fastdiff_normal, seeds, ids, counter, torch.empty(len(ids), numel), numel)
 
 
-def _noise(name: str, seeds: Tensor, ids: Tensor, counter: Tensor, made: Tensor, size: int) -> Tensor:
-    library, n = _library(), len(ids)
+def _noise(make: Callable[..., None], seeds: Tensor, ids: Tensor, counter: Tensor, made: Tensor, size: int) -> Tensor:
+    n = len(ids)
     seeds, ids, counter = (column.to(torch.int64).contiguous() for column in (seeds, ids, counter.reshape(-1)))
-    assert library is not None and seeds.shape == ids.shape == (n,) and len(counter) in (1, n), (
-        "give a seed for each id, and a counter for each or all"
-    )
-    make = getattr(library, f"fastdiff_{name}")
+    assert seeds.shape == ids.shape == (n,) and len(counter) in (1, n), "give a seed for each id, and a counter for each or all"
     make(seeds.data_ptr(), ids.data_ptr(), counter.data_ptr(), int(len(counter) == n), made.data_ptr(), n, size)
     return made
 
