@@ -12,6 +12,7 @@ pixels alone.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -41,7 +42,6 @@ class WinogradConv2d(nn.Module):
         self.register_buffer("after", torch.einsum("pa,qb->pqab", at, at).reshape(16, 36).float(), persistent=False)
         self.register_buffer("packed", None, persistent=False)
         self.block: native.Block
-        self.stamp: tuple[int, int] | None = None
         self.before: Tensor
         self.after: Tensor
         self.packed: Tensor
@@ -61,13 +61,9 @@ class WinogradConv2d(nn.Module):
         )
 
     def pack(self) -> None:
-        """Take up the weights, if they have changed."""
-        weight = self.direct.weight
-        stamp = (weight.data_ptr(), -1 if weight.is_inference() else weight._version)
-        if stamp != self.stamp:
-            with torch.no_grad():
-                self.packed = reference.winograd_weight(weight) if self.native else reference.winograd_matrices(weight)
-            self.stamp = stamp
+        """Take up the weights."""
+        weight = self.direct.weight.detach()
+        self.packed = reference.winograd_weight(weight) if self.native else reference.winograd_matrices(weight)
         if self.native:
             self.block = native.Block([self.layer()], alone=True)
 
@@ -149,9 +145,8 @@ class FusedResBlock(nn.Module):
         )
 
     def pack(self) -> None:
+        """Take up the weights, once the convolutions have."""
         block = self.block
-        for convolution in (block.conv1, block.conv2):
-            convolution.pack()  # type: ignore[operator]
         layers = [conv.layer(norm) for norm, conv in ((block.norm1, block.conv1), (block.norm2, block.conv2))]  # type: ignore[operator]
         if isinstance(block, unet2d.Resnet):
             shortcut, factor, added = getattr(block, "conv_shortcut", None), block.factor, not block.scaled
@@ -192,7 +187,19 @@ def faster(model: nn.Module) -> nn.Module:
 
 
 def pack(model: nn.Module) -> None:
-    """Let every replaced convolution of a model take up its weights."""
-    for module in model.modules():
+    """Let every replaced convolution and block of a model take up its weights."""
+    for module in reversed([*model.modules()]):  # what a module has before itself
         if isinstance(module, (WinogradConv2d, FusedResBlock)):
             module.pack()
+
+
+def stamp(weights: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
+    """Another where a weight on a CPU is another, or has other bits: also those that `.data` has changed, as averages of weights often do, which
+    torch's own count of changes does not see. One pass over the weights, as an evaluation makes several."""
+    return tuple((w.data_ptr(), int(_bits(w.detach()).sum(dtype=torch.int64))) for w in weights)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The numbers as whole numbers of the same bits."""
+    x = torch.view_as_real(x) if x.is_complex() else x
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize])

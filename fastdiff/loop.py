@@ -75,7 +75,7 @@ class Network:
     def __init__(self, model: nn.Module, num_classes: int | None, compiler: Callable[[Any], Callable[..., Any]] | None) -> None:
         self.given, self.num_classes, self.compiler = model, num_classes, compiler
         self.weights: list[Tensor] = []
-        self.stamp: tuple[tuple[int, int], ...] = ()
+        self.stamp: tuple[tuple[int, int], ...] = ()  # of the weights, on a CPU
         self._build()
         self.refresh()
 
@@ -91,16 +91,19 @@ class Network:
 
     def refresh(self) -> None:
         """Take up weights that have changed since: in place, or, on a CPU, where nothing is compiled, others in their stead."""
-        source = self.given.model if isinstance(self.given, FusedUNet) else self.given
+        source = self.given
+        if isinstance(source, FusedUNet):
+            source.pack()
+            source = source.model
         weights = [*source.parameters(), *source.buffers()]
-        stamp = tuple((w.data_ptr(), -1 if w.is_inference() else w._version) for w in weights)
+        if not all(w.device.type == "cpu" for w in weights):
+            return
+        stamp = cpu.stamp(weights)
         if stamp == self.stamp:
             return
         if self.weights and self.model is not self.given and not self.compiler and list(map(id, weights)) != list(map(id, self.weights)):
             self._build()
         cpu.pack(self.model)
-        if isinstance(self.model, FusedUNet):
-            self.model.pack()
         self.weights, self.stamp = weights, stamp
 
     def answer(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Any:
@@ -161,10 +164,11 @@ class Engine:
         self.timesteps[:n].copy_(t)
         self.levels[: n + 1].copy_(torch.from_numpy(table.levels))
         self.predicted[:n].copy_(torch.from_numpy(table.rows[:, :2]))
-        if self.conditions is not None and not (self.network.stamp == self.conditioned[0] and torch.equal(t, self.conditioned[1])):
+        stamp = self.network.stamp
+        if self.conditions is not None and not (stamp and stamp == self.conditioned[0] and torch.equal(t, self.conditioned[1])):
             self.conditions[:n].copy_(self.network.conditions(t))
             if type(self.network.given) in (UNet, UNet2D, FusedUNet):  # of others, what else it depends on is not known
-                self.conditioned = self.network.stamp, t
+                self.conditioned = stamp, t
         self.learned, self.start, self.scale = table.learned, table.start, table.scale
 
     def grow(self, loops: int) -> None:

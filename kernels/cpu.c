@@ -9,14 +9,16 @@
 #include <stdint.h>
 #include <string.h>
 
-/* A vector of neighbouring channels, as wide as the processor has them. */
+/* A vector of neighbouring channels is as wide as the processor has them. Of a product of matrices its registers hold the sums of HIGH rows and WIDE
+   columns. */
 #if defined(__AVX512F__)
-enum { LANES = 16 };
+enum { LANES = 16, HIGH = 14 };
 #elif defined(__AVX__)
-enum { LANES = 8 };
+enum { LANES = 8, HIGH = 3 };
 #else
-enum { LANES = 4 };
+enum { LANES = 4, HIGH = 2 };
 #endif
+enum { WIDE = 32, VECTORS = WIDE / LANES };
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int ivec __attribute__((vector_size(4 * LANES)));
 
@@ -268,15 +270,6 @@ static void normalise(const float *x, float *y, const struct norm *norm, const f
   }
 }
 
-/* Columns of a matrix that are multiplied at a time, and rows, as a processor's registers hold the sums of. */
-enum { WIDE = 32, VECTORS = WIDE / LANES };
-#if defined(__AVX512F__)
-enum { HIGH = 14 };
-#elif defined(__AVX__)
-enum { HIGH = 3 };
-#else
-enum { HIGH = 2 };
-#endif
 #define UNROLL _Pragma("GCC unroll 16")
 
 /* c = a b of so many rows, at most HIGH, and WIDE columns: a [rows, k], b [k, WIDE], c's rows `stride` apart. Meanwhile it fetches as many numbers as b

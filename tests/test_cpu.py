@@ -721,16 +721,40 @@ def test_gradients_pass_through_the_twin_as_through_the_network():
     assert torch.equal(*found)
 
 
-def test_a_sampler_follows_weights_that_change(way):
-    """Trained further in place, or loaded anew, between two calls."""
+CHANGES = {
+    "in place": lambda p: p.mul_(1.1),
+    "by .data": lambda p: p.data.mul_(1.1),
+    "in inference mode": torch.inference_mode()(lambda p: p.data.mul_(1.1)),
+    "to others": lambda p: p.set_(p * 1.1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(
+    "part", ["", "conv1.weight", "conv1.bias", "norm2.weight", "skip.bias", "grow.0.weight", "modulation.weight", "head.bias"]
+)
+def test_a_sampler_follows_weights_that_change(way, change, part):
+    """Trained further or averaged, all of them or some, between two calls."""
     network = small_network(config=UNetConfig(shape=(3, 8, 8), channels=(64, 64), blocks=1, middle=1, group=16, num_classes=3))
     sampler = Sampler(network, Schedule.linear(50), shape=SMALL.shape, num_classes=3, steps=2, micro_batch=4)
     first = sampler(3, labels=1)
     assert any(isinstance(m, WinogradConv2d) for m in sampler._network.model.modules())
     with torch.no_grad():
-        for p in network.parameters():
-            p.mul_(1.1)
+        for name, p in network.named_parameters():
+            if part in name:
+                change(p)
     second = sampler(3, labels=1)
     fresh = Sampler(network, Schedule.linear(50), shape=SMALL.shape, num_classes=3, steps=2, micro_batch=4)(3, labels=1)
     assert not torch.equal(first, second)
     assert torch.equal(second, fresh)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool, torch.uint8, torch.complex64, torch.complex128], ids=str
+)
+def test_the_stamp_of_weights_sees_any_change(dtype):
+    weight = torch.arange(24).reshape(1, 2, 3, 4).to(dtype).to(memory_format=torch.channels_last)
+    before = cpu.stamp([weight])
+    assert cpu.stamp([weight]) == before != cpu.stamp([weight.clone()])
+    weight.data[0, 1, 2, 0] = 0
+    assert cpu.stamp([weight]) != before
