@@ -113,6 +113,24 @@ def lost() -> Iterator[None]:
         raise ConnectionError(f"another process of this job has ended ({reason})") from None
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing to the process's stdout, where torch 2.8's gloo tells of its connections amid our lines of JSON."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is none
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def _wait(work: Any, values: Tensor) -> None:
     """Wait for a collective, and heed Ctrl-C and SIGTERM meanwhile. CUDA tensors are waited for by the device."""
     while not values.is_cuda and not work.is_completed():
@@ -158,7 +176,7 @@ def join(cuda: bool = False) -> Iterator[Group]:
             raise ConnectionError(f"no meeting with the other processes at {os.environ['MASTER_ADDR']}, port {port}: {_first(e)}") from None
         store.set_timeout(TIMEOUT)
         store = PrefixStore(f"fastdiff/{names[0]}", store)
-        with lost():
+        with lost(), _silent():
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
             dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=world, timeout=TIMEOUT)
     yield Group(rank, world, local, names, PrefixStore("counters", store))

@@ -191,6 +191,24 @@ def impatient():
         pass
 
 
+def test_what_a_backend_prints_does_not_get_among_our_lines(capfd, monkeypatch):
+    print("before")
+    with distributed._silent():
+        os.write(1, b"[Gloo] Rank 1 is connected\n")
+        os.write(2, b"an error\n")
+    print("after")
+    assert tuple(capfd.readouterr()) == ("before\nafter\n", "an error\n")
+
+    def closed(fd):
+        raise OSError(9, "Bad file descriptor")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "dup", closed)
+        with distributed._silent():
+            print("none")
+    assert capfd.readouterr().out == "none\n"
+
+
 def test_a_rank_that_does_not_come_is_one_line(tmp_path):
     store, env = torchruns()
     processes = ranks(impatient, 2, tmp_path, env | {"WORLD_SIZE": "3"})

@@ -366,7 +366,8 @@ cli.run(train.main, train.PROG)
     assert said == [
         f"python -m fastdiff.train: the loss is no longer finite at step 12; the last good state is in {out}; try a smaller --lr"
     ]
-    assert len(re.findall(r"exitcode +: 2 ", stderr)) == 2
+    # torchrun ends the second one itself, if it sees the first one's end sooner than that sees it.
+    assert {"2"} <= {*re.findall(r"exitcode +: (-?\d+) ", stderr)} <= {"2", str(-signal.SIGTERM)}
     assert read_tensors(out / STATE)[1]["step"] == 6
     assert all(v.isfinite().all() for v in load_file(out / STATE).values())
     assert list(out.glob(".*")) == []
