@@ -12,10 +12,11 @@ pixels alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import native, ops, reference, unet, unet2d
@@ -26,7 +27,8 @@ LEAST_CHANNELS = 64
 
 class WinogradConv2d(nn.Module):
     """A 3 x 3 convolution with one pixel of zeros around, of the given one's parameters: fast where 4 divides the image's sides (without C: where they
-    are 4), else as it was. In C the bits of an image do not depend on how many there are.
+    are 4), else as it was. In C, where channels are filled up with zeros to what its vectors take, the bits of an image do not depend on how many there
+    are.
 
     What it computes from the weights is as they were at the last `pack`. Errors are some ten times those of a direct convolution in fp32:
     1e-5 of the largest value.
@@ -35,13 +37,16 @@ class WinogradConv2d(nn.Module):
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
         self.direct = convolution
-        self.native = _in_c(convolution)
+        self.native = native.available()
+        # Channels that are wanting, of what comes in and of what goes out.
+        self.wanting = (-convolution.in_channels % native.LANES, -convolution.out_channels % native.WIDE) if self.native else (0, 0)
         # The columns of B^T that only ever meet the border of zeros are left out.
         bt, at = torch.tensor(reference.WINOGRAD_BT)[:, 1:5], torch.tensor(reference.WINOGRAD_AT)
         self.register_buffer("before", torch.einsum("ap,bq->abpq", bt, bt).reshape(36, 16).float(), persistent=False)
         self.register_buffer("after", torch.einsum("pa,qb->pqab", at, at).reshape(16, 36).float(), persistent=False)
         self.register_buffer("packed", None, persistent=False)
         self.block: native.Block
+        self.bias: Tensor | None
         self.before: Tensor
         self.after: Tensor
         self.packed: Tensor
@@ -49,38 +54,36 @@ class WinogradConv2d(nn.Module):
     @staticmethod
     def fits(module: nn.Module) -> bool:
         return (
-            type(module) is nn.Conv2d
-            and module.kernel_size == (3, 3)
-            and module.stride == module.dilation == (1, 1)
-            and module.padding == (1, 1)
-            and module.padding_mode == "zeros"
-            and module.groups == 1
-            and module.weight.dtype == torch.float32
-            and module.weight.device.type == "cpu"
-            and (_in_c(module) or min(module.in_channels, module.out_channels) >= LEAST_CHANNELS)
+            _plain3x3(module)
+            and module.stride == (1, 1)
+            and (native.available() or min(module.in_channels, module.out_channels) >= LEAST_CHANNELS)
         )
 
     def pack(self) -> None:
         """Take up the weights."""
-        weight = self.direct.weight.detach()
+        comes, goes = self.wanting
+        weight = F.pad(self.direct.weight.detach(), (0, 0, 0, 0, 0, comes, 0, goes))
+        self.bias = None if self.direct.bias is None else F.pad(self.direct.bias.detach(), (0, goes))
         self.packed = reference.winograd_weight(weight) if self.native else reference.winograd_matrices(weight)
         if self.native:
             self.block = native.Block([self.layer()], alone=True)
 
     def layer(self, norm: nn.GroupNorm | None = None) -> native.Layer:
         """The convolution after a norm, as C runs it."""
-        return native.Layer(None if norm is None else _norm(norm), self.packed, self.direct.bias)
+        return native.Layer(None if norm is None else _norm(norm), self.packed, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, c, h, w = x.shape
-        if self.native and _tiled(x) and not torch.is_grad_enabled():
-            if torch.compiler.is_compiling():
-                made: Tensor = ops.winograd_conv3x3(x, self.packed, self.direct.bias)
+        compiling, (comes, goes) = torch.compiler.is_compiling(), self.wanting
+        if self.native and _tiled(x) and not torch.is_grad_enabled() and not (compiling and (comes or goes)):
+            if compiling:
+                made: Tensor = ops.winograd_conv3x3(x, self.packed, self.bias)
             else:
-                made = self.block(x)
-        elif self.native or (h, w) != (4, 4):
+                made = self.block(F.pad(x, (0, 0, 0, 0, 0, comes)) if comes else x)
+                made = made[:, : self.direct.out_channels] if goes else made
+        elif self.native or x.ndim != 4 or x.shape[2:] != (4, 4):
             made = self.direct(x)
         else:
+            n, c = x.shape[:2]
             pixels = x.permute(0, 2, 3, 1).reshape(n, 16, c)
             places = torch.matmul(self.before, pixels).transpose(0, 1)  # [36, N, C]
             made = torch.matmul(self.after, torch.bmm(places, self.packed).transpose(0, 1))  # [N, 16, C']
@@ -88,6 +91,31 @@ class WinogradConv2d(nn.Module):
                 made = made + self.direct.bias
             made = made.reshape(n, 4, 4, self.direct.out_channels).permute(0, 3, 1, 2)
         return made
+
+
+class StridedConv2d(nn.Module):
+    """A 3 x 3 convolution of every second pixel with one of zeros around, of the given one's parameters, in C: the bits of an image do not depend on
+    how many there are. What it computes from the weights is as they were at the last `pack`."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.direct = convolution
+        self.register_buffer("packed", None, persistent=False)
+        self.packed: Tensor
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        return _plain3x3(module) and module.stride == (2, 2) and module.out_channels % native.WIDE == 0 and native.available()
+
+    def pack(self) -> None:
+        """Take up the weights."""
+        self.packed = reference.conv_weight(self.direct.weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _plainly() or x.ndim != 4 or not native.covers(x):
+            made: Tensor = self.direct(x)
+            return made
+        return native.conv3x3(x, self.packed, self.direct.bias, 2)
 
 
 class PairedConv2d(nn.Conv2d):
@@ -99,8 +127,22 @@ class PairedConv2d(nn.Conv2d):
         return super().forward(x.expand(2, -1, -1, -1))[:1] if single else super().forward(x)
 
 
-def _in_c(convolution: nn.Conv2d) -> bool:
-    """Whether C does one that fits otherwise, of any size of the kernel."""
+def _plain3x3(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether it is a 3 x 3 convolution, of any stride, with one pixel of zeros around, in fp32 on the CPU."""
+    return (
+        type(module) is nn.Conv2d
+        and module.kernel_size == (3, 3)
+        and module.dilation == (1, 1)
+        and module.padding == (1, 1)
+        and module.padding_mode == "zeros"
+        and module.groups == 1
+        and module.weight.dtype == torch.float32
+        and module.weight.device.type == "cpu"
+    )
+
+
+def _aligned(convolution: nn.Conv2d) -> bool:
+    """Whether C does it with no channels filled up."""
     return convolution.in_channels % native.LANES == convolution.out_channels % native.WIDE == 0 and native.available()
 
 
@@ -109,8 +151,8 @@ def _norm(norm: nn.GroupNorm) -> native.Norm:
 
 
 def _tiled(x: Tensor) -> bool:
-    """Whether images divide into tiles."""
-    return x.shape[2] % 4 == x.shape[3] % 4 == 0
+    """Whether these are images, in fp32, that divide into tiles."""
+    return x.ndim == 4 and x.dtype == torch.float32 and x.shape[2] % 4 == x.shape[3] % 4 == 0
 
 
 def _plainly() -> bool:
@@ -140,7 +182,7 @@ class FusedResBlock(nn.Module):
     def fits(module: Any) -> bool:
         return (
             type(module) in (unet.ResBlock, unet2d.Resnet)
-            and all(WinogradConv2d.fits(conv) and _in_c(conv) for conv in (module.conv1, module.conv2))
+            and all(WinogradConv2d.fits(conv) and _aligned(conv) for conv in (module.conv1, module.conv2))
             and module.norm1.weight.dtype == module.norm2.weight.dtype == torch.float32
         )
 
@@ -177,6 +219,8 @@ def faster(model: nn.Module) -> nn.Module:
             if WinogradConv2d.fits(child):
                 child.__class__ = PairedConv2d
                 setattr(parent, name, WinogradConv2d(child))  # type: ignore[arg-type]
+            elif StridedConv2d.fits(child):
+                setattr(parent, name, StridedConv2d(child))  # type: ignore[arg-type]
             elif FusedResBlock.fits(child):
                 setattr(parent, name, FusedResBlock(child))  # type: ignore[arg-type]
             elif type(child) is nn.Conv2d and child.kernel_size != (1, 1):
@@ -186,17 +230,32 @@ def faster(model: nn.Module) -> nn.Module:
     return twin.eval()
 
 
+def shared(model: nn.Module) -> bool:
+    """Whether a call can be shared among cores: see `native.team`."""
+    return native.available() and any(isinstance(module, (WinogradConv2d, StridedConv2d, FusedResBlock)) for module in model.modules())
+
+
 def pack(model: nn.Module) -> None:
     """Let every replaced convolution and block of a model take up its weights."""
     for module in reversed([*model.modules()]):  # what a module has before itself
-        if isinstance(module, (WinogradConv2d, FusedResBlock)):
+        if isinstance(module, (WinogradConv2d, StridedConv2d, FusedResBlock)):
             module.pack()
 
 
-def stamp(weights: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
+def stamp(weights: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
     """Another where a weight on a CPU is another, or has other bits: also those that `.data` has changed, as averages of weights often do, which
     torch's own count of changes does not see. One pass over the weights, as an evaluation makes several."""
-    return tuple((w.data_ptr(), int(_bits(w.detach()).sum(dtype=torch.int64))) for w in weights)
+    dense = [
+        w.detach() if w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last) else w.detach().contiguous() for w in weights
+    ]
+    numbers = native.stamps(dense) if native.available() else [_number(w) for w in dense]
+    return tuple((w.data_ptr(), number) for w, number in zip(weights, numbers, strict=True))
+
+
+def _number(x: Tensor) -> int:
+    """Of a tensor's bits, and, by weights that are odd, of their places; modulo 2^64."""
+    bits = _bits(x).flatten().to(torch.int64)
+    return int((bits * (2 * torch.arange(bits.numel()) + 1)).sum())
 
 
 def _bits(x: Tensor) -> Tensor:

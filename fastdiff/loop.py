@@ -86,6 +86,7 @@ class Network:
         # An accelerated module is so as a whole, when it is called.
         self.hoisted = callable(parts[0]) and callable(parts[1]) and not accelerated
         self.indexed = getattr(model, "indexed", False)
+        self.shared = cpu.shared(model)
         call = parts[1] if self.hoisted else model
         self.call: Callable[..., Any] = self.compiler(call) if self.compiler else call
 

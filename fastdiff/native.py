@@ -29,8 +29,14 @@ SOURCE = Path(__file__).parent / "kernels" / "cpu.c"
 # Contraction of a * b + c into one instruction is what makes a transform one pass at the speed of the cache.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 LIBRARIES = ("-lm",)
+# Threads of the same OpenMP that PyTorch brings along and has loaded. Not every compiler has it; without, a call runs on one core.
+TOGETHER = "-fopenmp"
 # Channels come in vectors of at most so many, and those of a convolution's result in panels.
 LANES, WIDE = 16, reference.WIDE
+# More cores than a call has vectors of channels to share would only wait for one another.
+MOST_CORES = 8
+# Rows that a product in C makes at a time, at most.
+MOST_ROWS = 14
 # Tiles of 4 x 4 pixels at a time, or as many as there are channels, if those are more: what is transformed is then as large as the weights are, and
 # neither has the other read from memory time and again.
 TILES = 64
@@ -58,6 +64,34 @@ def _scratch(numel: int) -> Iterator[Tensor]:
         _FREE.append(mine)
 
 
+class _Team(threading.local):
+    cores = 1
+    most = MOST_CORES
+
+
+_TEAM = _Team()
+
+
+def _alone() -> None:
+    """A fork has none of the threads that OpenMP believes it has, and would wait for them for ever."""
+    _Team.most = _Team.cores = _TEAM.cores = 1
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_alone)
+
+
+@contextlib.contextmanager
+def team(cores: int) -> Iterator[None]:
+    """Convolutions and blocks that this thread runs are shared among so many cores; bits stay what they are. In a process that has been forked each
+    call keeps to one core."""
+    before, _TEAM.cores = _TEAM.cores, max(min(cores, _TEAM.most), 1)
+    try:
+        yield
+    finally:
+        _TEAM.cores = before
+
+
 def available() -> bool:
     """Whether the kernels are there: compiled now, if they have not been."""
     with _BUILDING:
@@ -72,9 +106,10 @@ def _library() -> ctypes.CDLL | None:
         return None
     try:
         with tempfile.TemporaryDirectory(prefix="fastdiff-") as folder:
-            made = Path(folder) / "kernels.so"
-            subprocess.run([*compiler, *FLAGS, "-o", made, SOURCE, *LIBRARIES], check=True, capture_output=True, text=True, timeout=60)
-            library = ctypes.CDLL(os.fspath(made))
+            try:
+                library = _compiled([*compiler, TOGETHER], Path(folder) / "together.so")
+            except (OSError, subprocess.CalledProcessError):
+                library = _compiled(compiler, Path(folder) / "alone.so")
     except (OSError, subprocess.SubprocessError) as e:
         why = (e.stderr.strip() or f"exit code {e.returncode}") if isinstance(e, subprocess.CalledProcessError) else str(e)
         log.info("networks by PyTorch alone: %s cannot compile the kernels: %s", compiler[0], why.splitlines()[0])
@@ -85,11 +120,18 @@ def _library() -> ctypes.CDLL | None:
         "noise_words": [*[pointer] * 3, number, pointer, number, number],
         "solver_step": [*[pointer] * 6, number, *[pointer] * 5, number, number, *[ctypes.c_int] * 3],
         "group_norm_silu": [pointer, pointer, ctypes.POINTER(_Norm), pointer, number, pointer, *[number] * 3, pointer],
-        "block": [ctypes.POINTER(_Block), pointer, pointer, number, pointer, number, pointer, *[number] * 4, pointer],
+        "stamps": [*[pointer] * 3, number],
+        "conv3x3": [*[pointer] * 4, *[number] * 6, ctypes.c_int, pointer],
+        "block": [ctypes.POINTER(_Block), pointer, pointer, number, pointer, number, pointer, *[number] * 4, ctypes.c_int, pointer],
     }.items():
         function = getattr(library, f"fastdiff_{name}")
         function.argtypes, function.restype = arguments, ctypes.c_int if name == "solver_step" else None
     return library
+
+
+def _compiled(compiler: list[str], made: Path) -> ctypes.CDLL:
+    subprocess.run([*compiler, *FLAGS, "-o", made, SOURCE, *LIBRARIES], check=True, capture_output=True, text=True, timeout=60)
+    return ctypes.CDLL(os.fspath(made))
 
 
 class _Norm(ctypes.Structure):
@@ -307,9 +349,39 @@ class Block:
         with _scratch(_scratch_numel(part, h, w, self.widest)) as scratch:
             library.fastdiff_block(
                 self.told, x.data_ptr(), None if beside is None else beside.data_ptr(), c_beside, *_told(style), y.data_ptr(), n, h, w, part,
-                scratch.data_ptr(),
+                _TEAM.cores, scratch.data_ptr(),
             )  # fmt: skip
         return y.permute(0, 3, 1, 2)
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, step: int) -> Tensor:
+    """A 3 x 3 convolution of every `step`th pixel within a border of zeros. x: fp32 [N, C, H, W] on the CPU; weight: `reference.conv_weight`; bias:
+    fp32 [C'] or None. Returns fp32 [N, C', ceil(H / step), ceil(W / step)], channels-last. The bits of an image do not depend on how many there are."""
+    library = _library()
+    n, c, h, w = x.shape
+    channels = weight.shape[0] * WIDE
+    assert library is not None and covers(x) and step > 0
+    assert weight.shape[1:] == (9 * c, WIDE) and weight.dtype == torch.float32, "the weight must be as reference.conv_weight makes it"
+    assert bias is None or bias.shape == (channels,), "the bias must be [C']"
+    x, weight, bias = x.contiguous(memory_format=torch.channels_last), weight.contiguous(), None if bias is None else _dense(bias)
+    y = torch.empty(n, -(-h // step), -(-w // step), channels)
+    with _scratch(_TEAM.cores * MOST_ROWS * 9 * c) as scratch:
+        library.fastdiff_conv3x3(
+            x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(), n, h, w, c, channels, step, _TEAM.cores,
+            scratch.data_ptr(),
+        )  # fmt: skip
+    return y.permute(0, 3, 1, 2)
+
+
+def stamps(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """A number of the bits of each tensor, dense and on the CPU: another, but for one chance in 2^32, if any of its bits is another."""
+    library, n = _library(), len(tensors)
+    assert library is not None
+    made = (ctypes.c_int64 * n)()
+    library.fastdiff_stamps(
+        (ctypes.c_void_p * n)(*[x.data_ptr() for x in tensors]), (ctypes.c_long * n)(*[x.nbytes for x in tensors]), made, n
+    )
+    return tuple(made)
 
 
 def _scratch_numel(part: int, height: int, width: int, channels: int) -> int:

@@ -354,6 +354,11 @@ def panels(matrix: Tensor) -> Tensor:
     return torch.stack(torch.split(matrix, WIDE, dim=-1), dim=-3)
 
 
+def conv_weight(weight: Tensor) -> Tensor:
+    """A 3 x 3 convolution's weight [C', C, 3, 3] as a CPU multiplies by it what a pixel sees: `panels` [C' / 32, 9 C, 32]."""
+    return panels(weight.permute(2, 3, 1, 0).flatten(0, 2)).contiguous()
+
+
 def winograd_matrices(weight: Tensor) -> Tensor:
     """G w G^T of a 3 x 3 convolution's weight [C', C, 3, 3]: fp32 [36, C, C']."""
     g = torch.tensor(WINOGRAD_G, dtype=torch.float64, device=weight.device)

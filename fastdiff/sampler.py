@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import fused, noise, ops, rewrite, solvers, tuned, ways
+from . import fused, native, noise, ops, rewrite, solvers, tuned, ways
 from .devices import pick_device
 from .loop import BUILDING, CHUNK, Engine, Guide, Kind, Loop, Network, State
 from .noise import column64, signed
@@ -39,9 +39,9 @@ AUTO_ROWS = {"cpu": 128, "cuda": 1024}
 FEWER_ROWS = (64, 32, 16, 8, 4, 2, 1)
 # Of a network that does not even for so many, this is the one shape: few images fill it on all cores.
 SPREAD_ROWS = 32
-# A call of the network takes a CPU as long as this many rows more would; and, since its cores read the weights from the same memory, no less than so
-# many for each of them.
-CALL_ROWS, CORE_ROWS = 8, 6
+# A call of the network takes a core as long as this many rows more would, of which some are done by all of its cores together, as is a part of each
+# row; and, since all calls read the weights from the same memory, no less than so many for each of them.
+CALL_ROWS, CALL_SHARED, ROW_SHARED, CORE_ROWS = 12, 10, 0.3, 6
 # Compiled code is made for one shape only, so it is one that suits few images and many.
 COMPILED_ROWS = 32
 # Images that the scales of fp8 are taken from: a few of every class, over the whole of the solver's walk.
@@ -219,9 +219,12 @@ class Sampler:
         if n is None or n * halves >= 2 * threads * most:
             return most
 
-        def cost(rows: int) -> int:
+        def cost(rows: int) -> tuple[float, int]:
             calls = math.ceil(n * halves / rows)
-            return math.ceil(calls / threads) * max(rows + CALL_ROWS, min(calls, threads) * CORE_ROWS)
+            at_once = min(calls, threads)
+            saved = 1 - 1 / (threads // at_once) if self._take_network().shared else 0.0
+            one = rows * (1 - saved * ROW_SHARED) + CALL_ROWS - saved * CALL_SHARED
+            return math.ceil(calls / threads) * max(one, at_once * CORE_ROWS), rows
 
         for rows in sorted((most, *(rows for rows in FEWER_ROWS if halves <= rows < most)), key=cost):
             if all(self._gives_same(called) for called in ((rows, rows // 2, most // 2) if mixed else (rows,))):
@@ -944,23 +947,23 @@ def _threads() -> int:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """This thread's operations on one core."""
+def _one_thread() -> Iterator[int]:
+    """This thread's operations on one core, of so many that the user has set."""
     with _HELD_LOCK:
         _HELD.append(_setting())
         torch.set_num_threads(1)
     try:
-        yield
+        yield _HELD[0]
     finally:
         with _HELD_LOCK:
             torch.set_num_threads(_HELD.pop())
 
 
 def _share(starts: Sequence[int], workers: Sequence[Callable[[int], Iterator[None]]]) -> None:
-    """Let each worker, on a thread and a core of its own, take starts until none are left. An error or Ctrl-C stops all after their row. A worker alone
-    works on the caller's thread."""
+    """Let each worker, on a thread and its share of the cores, take starts until none are left. An error or Ctrl-C stops all after their row. A worker
+    alone works on the caller's thread."""
     if len(workers) == 1:
-        with torch.no_grad(), _one_thread():
+        with torch.no_grad(), _one_thread() as cores, native.team(cores):
             for start in starts:
                 collections.deque(workers[0](start), maxlen=0)
         return
@@ -972,7 +975,7 @@ def _share(starts: Sequence[int], workers: Sequence[Callable[[int], Iterator[Non
 
     def loop(work: Callable[[int], Iterator[None]]) -> None:
         try:
-            with torch.no_grad(), _one_thread(), contextlib.suppress(queue.Empty):
+            with torch.no_grad(), _one_thread() as cores, native.team(cores // len(workers)), contextlib.suppress(queue.Empty):
                 while not stop.is_set():
                     for _ in work(todo.get_nowait()):
                         if stop.is_set():

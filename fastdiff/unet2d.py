@@ -293,7 +293,7 @@ class UNet2D(nn.Module):
         """[N] timesteps and [N] labels -> the style of every residual block, [N, K]. ValueError for labels where there are no classes."""
         if labels is not None and self.config.num_class_embeds is None:
             raise ValueError("labels were given to a network without classes; its num_class_embeds is None")
-        weight = self.conv_in.weight
+        weight: Tensor = self.time_embedding["linear_1"].weight  # type: ignore[assignment]
         t = torch.as_tensor(t, device=weight.device).reshape(-1)
         half, config = self.config.block_out_channels[0] // 2, self.config
         frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - config.freq_shift))

@@ -8,6 +8,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 /* A vector of neighbouring channels is as wide as the processor has them. Of a product of matrices its registers hold the sums of HIGH rows and WIDE
    columns. */
@@ -23,6 +26,28 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int ivec __attribute__((vector_size(4 * LANES)));
 
 #define INLINE static inline __attribute__((always_inline))
+
+/* One of a team of threads. TOGETHER(cores) statement: each of the team does it; in it, TEAM says who one is. */
+struct team {
+  int me, all;
+};
+#ifdef _OPENMP
+#define PRAGMA(of) _Pragma(#of)
+#define TOGETHER(cores) PRAGMA(omp parallel num_threads(cores) if (cores > 1))
+#define TEAM {omp_get_thread_num(), omp_get_num_threads()}
+#else
+#define TOGETHER(cores)
+#define TEAM {0, 1}
+#endif
+
+/* Nobody goes on until all have come here. */
+INLINE void meet(struct team team) {
+  if (team.all > 1) {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+  }
+}
 
 INLINE void load(vec *v, const float *from) { memcpy(v, from, sizeof *v); }
 INLINE void store(float *to, const vec *v) { memcpy(to, v, sizeof *v); }
@@ -234,17 +259,22 @@ struct norm {
   int silu;
 };
 
-/* y = silu((norm(x) gamma + beta) (1 + scale) + shift) of one image [pixels, c], which may be y itself. style: scale [c], then shift, or NULL for
-   neither. scratch: 4 c numbers. */
-static void normalise(const float *x, float *y, const struct norm *norm, const float *style, long pixels, long c, float *scratch) {
+/* Channels from `start` until `stop`, of so many altogether. */
+struct slice {
+  long start, stop;
+};
+
+/* y = silu((norm(x) gamma + beta) (1 + scale) + shift) of a slice, of whole groups and vectors, of one image [pixels, c], which may be y itself.
+   style: scale [c], then shift, or NULL for neither. scratch: 4 c numbers. */
+static void normalise(const float *x, float *y, const struct norm *norm, const float *style, long pixels, long c, struct slice slice, float *scratch) {
   float *const one = scratch, *const two = one + c, *const centre = two + c, *const plus = centre + c;
   const long size = c / norm->groups;
   const double many = (double)(size * pixels);
   /* Around a number of the group itself, the squares cancel no more than a few of their digits, however far from 0 the mean is. */
-  for (long start = 0; start < c; start += size)
+  for (long start = slice.start; start < slice.stop; start += size)
     for (long k = start; k < start + size; k++) centre[k] = x[start];
-  for (long k = 0; k < c; k += LANES) sums(one + k, two + k, x + k, centre + k, pixels, c);
-  for (long start = 0; start < c; start += size) {
+  for (long k = slice.start; k < slice.stop; k += LANES) sums(one + k, two + k, x + k, centre + k, pixels, c);
+  for (long start = slice.start; start < slice.stop; start += size) {
     double first = 0, second = 0;
     for (long k = start; k < start + size; k++) first += one[k], second += two[k];
     const double off = first / many, variance = second / many - off * off;
@@ -256,7 +286,7 @@ static void normalise(const float *x, float *y, const struct norm *norm, const f
       plus[k] = norm->beta[k] * more + (style ? style[c + k] : 0);
     }
   }
-  for (long k = 0; k < c; k += LANES) {
+  for (long k = slice.start; k < slice.stop; k += LANES) {
     vec mean, times, more, v;
     load(&mean, centre + k);
     load(&times, one + k);
@@ -272,13 +302,13 @@ static void normalise(const float *x, float *y, const struct norm *norm, const f
 
 #define UNROLL _Pragma("GCC unroll 16")
 
-/* c = a b of so many rows, at most HIGH, and WIDE columns: a [rows, k], b [k, WIDE], c's rows `stride` apart. Meanwhile it fetches as many numbers as b
-   has from `next`, if not NULL: that matrix is too large for the caches, and is wanted soon. */
-INLINE void product(const int rows, const float *a, const float *b, float *c, long k, long stride, const float *next) {
-  vec sum[HIGH][VECTORS];
-  UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < VECTORS; v++) sum[r][v] = (vec){0};
+/* c = a b + bias of so many rows, at most HIGH, and WIDE columns: a [rows, k], b [k, WIDE], bias [WIDE] or NULL, c's rows `stride` apart. Meanwhile it
+   fetches as many numbers as b has from `next`, if not NULL: that matrix is too large for the caches, and is wanted soon. */
+INLINE void product(const int rows, const float *a, const float *b, const float *bias, float *c, long k, long stride, const float *next) {
+  vec sum[HIGH][VECTORS], beside[VECTORS] = {{0}};
+  if (bias) UNROLL for (int v = 0; v < VECTORS; v++) load(&beside[v], bias + v * LANES);
+  UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < VECTORS; v++) sum[r][v] = beside[v];
   for (long i = 0; i < k; i++, b += WIDE) {
-    vec beside[VECTORS];
     UNROLL for (int v = 0; v < VECTORS; v++) load(&beside[v], b + v * LANES);
     if (next) UNROLL for (int line = 0; line < WIDE; line += 16) __builtin_prefetch(next + i * WIDE + line, 0, 2);
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < VECTORS; v++) sum[r][v] += a[r * k + i] * beside[v];
@@ -286,27 +316,26 @@ INLINE void product(const int rows, const float *a, const float *b, float *c, lo
   UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < VECTORS; v++) store(c + r * stride + v * LANES, &sum[r][v]);
 }
 
-/* c = a b: a [rows, k], c [rows, columns], b in panels [columns / WIDE, k, WIDE]. */
-static void multiply(const float *a, const float *b, float *c, long rows, long k, long columns) {
+/* c = a b + bias of a panel: a [rows, k], b [k, WIDE], bias [WIDE] or NULL, c's rows `stride` apart. */
+static void multiply(const float *a, const float *b, const float *bias, float *c, long rows, long k, long stride) {
   const long blocks = (rows + HIGH - 1) / HIGH;
-  for (long column = 0; column < columns; column += WIDE, b += k * WIDE)
-    for (long block = 0; block < blocks; block++) {
-      const long row = rows * block / blocks, high = rows * (block + 1) / blocks - row; /* as even as can be */
-      const float *const from = a + row * k, *const next = block ? NULL : b + k * WIDE;
-      float *const to = c + row * columns + column;
-      switch (high) {
+  for (long block = 0; block < blocks; block++) {
+    const long row = rows * block / blocks, high = rows * (block + 1) / blocks - row; /* as even as can be */
+    const float *const from = a + row * k, *const next = block ? NULL : b + k * WIDE;
+    float *const to = c + row * stride;
+    switch (high) {
 #define CASE(rows) \
-  case rows: product(rows, from, b, to, k, columns, next); break;
-        CASE(1) CASE(2)
+  case rows: product(rows, from, b, bias, to, k, stride, next); break;
+      CASE(1) CASE(2)
 #if defined(__AVX__)
-        CASE(3)
+      CASE(3)
 #endif
 #if defined(__AVX512F__)
-        CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
+      CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
 #endif
 #undef CASE
-      }
     }
+  }
 }
 
 /* B^T of the six numbers d. */
@@ -329,12 +358,12 @@ INLINE void out_of(vec out[4], const vec m[6]) {
   out[3] = b + 8 * e + m[5];
 }
 
-/* places[k][tile] = (B^T x B)[k], of one image [h, w, c]. */
-static void transform(const float *x, float *places, long h, long w, long c, long plane) {
+/* places[k][tile] = (B^T x B)[k], of a slice of one image [h, w, c]. */
+static void transform(const float *x, float *places, long h, long w, long c, struct slice slice, long plane) {
   const vec zero = {0};
   for (long top = 0; top < h; top += 4)
     for (long left = 0; left < w; left += 4, places += c)
-      for (long channel = 0; channel < c; channel += LANES) {
+      for (long channel = slice.start; channel < slice.stop; channel += LANES) {
         vec half[6][6]; /* B^T x */
         for (int j = 0; j < 6; j++) {
           const long column = left + j - 1;
@@ -357,11 +386,12 @@ static void transform(const float *x, float *places, long h, long w, long c, lon
       }
 }
 
-/* y = (A^T places A + bias + skip) times, one image [h, w, c]; bias [c] and skip [h, w, c], which may be y itself, or NULL for none. */
-static void transform_back(const float *places, const float *bias, const float *skip, float times, float *y, long h, long w, long c, long plane) {
+/* y = (A^T places A + bias + skip) times, a slice of one image [h, w, c]; bias [c] and skip [h, w, c], which may be y itself, or NULL for none. */
+static void transform_back(const float *places, const float *bias, const float *skip, float times, float *y, long h, long w, long c,
+                           struct slice slice, long plane) {
   for (long top = 0; top < h; top += 4)
     for (long left = 0; left < w; left += 4, places += c)
-      for (long channel = 0; channel < c; channel += LANES) {
+      for (long channel = slice.start; channel < slice.stop; channel += LANES) {
         vec half[4][6], shift = {0}; /* A^T places */
         for (int j = 0; j < 6; j++) {
           vec m[6], made[4];
@@ -408,20 +438,32 @@ struct block {
 void fastdiff_group_norm_silu(const float *x, float *y, const struct norm *norm, const float *style, long stride, const long long *which, long n,
                               long pixels, long c, float *scratch) {
   for (long i = 0; i < n; i++)
-    normalise(x + i * pixels * c, y + i * pixels * c, norm, style ? style + (which ? which[i] : i) * stride : NULL, pixels, c, scratch);
+    normalise(x + i * pixels * c, y + i * pixels * c, norm, style ? style + (which ? which[i] : i) * stride : NULL, pixels, c,
+              (struct slice){0, c}, scratch);
 }
 
-/* `part` of n images at a time, of h x w pixels: x [n, h, w, c_in], or, with beside [n, h, w, c_beside], x with its channels after the others'. style:
-   row i is image i's, `stride` numbers apart; NULL for none. scratch: (5 + 2 h w) and 36 (1 + part h w / 16) times the most channels there are, and the
-   latter again. */
-void fastdiff_block(const struct block *block, const float *x, const float *beside, long c_beside, const float *style, long stride, float *y, long n,
-                    long h, long w, long part, float *scratch) {
+/* A slice for each of a team, of whole vectors of c channels, and of whole groups of a norm. */
+static struct slice channels(struct team team, long c, const struct norm *norm) {
+  const long size = norm && norm->groups ? c / norm->groups : 1;
+  long unit = LANES;
+  while (unit % size) unit += LANES;
+  const long units = c / unit;
+  return (struct slice){units * team.me / team.all * unit, units * (team.me + 1) / team.all * unit};
+}
+
+/* What fastdiff_block says, of one of a team. Between meetings each has channels of its own, or matrices of its own, so bits do not depend on how many
+   there are. */
+static void share(struct team team, const struct block *block, const float *x, const float *beside, long c_beside, const float *style, long stride,
+                  float *y, long n, long h, long w, long part, float *scratch) {
   const struct layer *const first = block->layers, *const last = first + block->count - 1;
   const long pixels = h * w, tiles = pixels / 16, c_in = first->c_in, c_x = c_in - c_beside, c_out = last->c_out;
   long most = c_in;
   for (const struct layer *layer = first; layer <= last; layer++)
     if (layer->c_out > most) most = layer->c_out;
   float *const shift = scratch + 4 * most, *const whole = shift + most, *const image = whole + pixels * most, *const places = image + pixels * most;
+  const struct slice comes = channels(team, c_in, &first->norm), goes = channels(team, c_out, NULL);
+  const long row = pixels * team.me / team.all, high = pixels * (team.me + 1) / team.all - row;
+  const long own_x = comes.stop < c_x ? comes.stop : c_x, own_beside = comes.start > c_x ? comes.start : c_x;
   for (long start = 0; start < n; start += part) {
     const long images = n - start < part ? n - start : part;
     /* One row more than there are tiles, so that the 36 places do not lie powers of two apart and drive each other from the cache. */
@@ -429,43 +471,115 @@ void fastdiff_block(const struct block *block, const float *x, const float *besi
     float *const made = places + 36 * plane * most;
     for (long i = 0; i < images; i++) {
       const float *from = x + (start + i) * pixels * c_x;
+      float *const to = y + (start + i) * pixels * c_out;
       if (beside) {
         const float *const more = beside + (start + i) * pixels * c_beside;
         for (long p = 0; p < pixels; p++) {
-          memcpy(whole + p * c_in, from + p * c_x, c_x * sizeof *x);
-          memcpy(whole + p * c_in + c_x, more + p * c_beside, c_beside * sizeof *x);
+          if (comes.start < own_x) memcpy(whole + p * c_in + comes.start, from + p * c_x + comes.start, (own_x - comes.start) * sizeof *x);
+          if (own_beside < comes.stop)
+            memcpy(whole + p * c_in + own_beside, more + p * c_beside + own_beside - c_x, (comes.stop - own_beside) * sizeof *x);
         }
         from = whole;
+        meet(team);
       }
       if (block->skip)
-        multiply(from, block->skip, y + (start + i) * pixels * c_out, pixels, c_in, c_out);
+        for (long column = 0; column < c_out; column += WIDE)
+          multiply(from + row * c_in, block->skip + column * c_in, NULL, to + row * c_out + column, high, c_in, c_out);
       else if (beside && !block->alone)
-        memcpy(y + (start + i) * pixels * c_out, whole, pixels * c_out * sizeof *y);
+        memcpy(to + row * c_out, whole + row * c_out, high * c_out * sizeof *y);
       if (first->norm.groups) {
         const float *const own = first == last && style && !block->added ? style + (start + i) * stride : NULL;
-        normalise(from, image, &first->norm, own, pixels, c_in, scratch);
+        normalise(from, image, &first->norm, own, pixels, c_in, comes, scratch);
         from = image;
       }
-      transform(from, places + i * tiles * c_in, h, w, c_in, plane * c_in);
+      transform(from, places + i * tiles * c_in, h, w, c_in, comes, plane * c_in);
+      if (beside) meet(team);
     }
     for (const struct layer *layer = first;; layer++) {
-      for (long k = 0; k < 36; k++)
-        multiply(places + k * plane * layer->c_in, layer->weight + k * layer->c_in * layer->c_out, made + k * plane * layer->c_out, rows, layer->c_in,
-                 layer->c_out);
+      const long c = layer->c_out, panels = c / WIDE, mine = 36 * panels * team.me / team.all, end = 36 * panels * (team.me + 1) / team.all;
+      meet(team);
+      for (long k = mine; k < end; k++)
+        multiply(places + k / panels * plane * layer->c_in, layer->weight + k * layer->c_in * WIDE, NULL,
+                 made + k / panels * plane * c + k % panels * WIDE, rows, layer->c_in, c);
+      meet(team);
       if (layer == last) break;
-      const long c = layer->c_out;
+      const struct slice between = channels(team, c, &layer[1].norm);
       for (long i = 0; i < images; i++) {
         const float *const own = style ? style + (start + i) * stride : NULL;
-        for (long k = 0; k < c; k++) shift[k] = (layer->bias ? layer->bias[k] : 0) + (own && block->added ? own[k] : 0);
-        transform_back(made + i * tiles * c, shift, NULL, 1, image, h, w, c, plane * c);
-        normalise(image, image, &layer[1].norm, own && !block->added ? own : NULL, pixels, c, scratch);
-        transform(image, places + i * tiles * c, h, w, c, plane * c);
+        for (long k = between.start; k < between.stop; k++) shift[k] = (layer->bias ? layer->bias[k] : 0) + (own && block->added ? own[k] : 0);
+        transform_back(made + i * tiles * c, shift, NULL, 1, image, h, w, c, between, plane * c);
+        normalise(image, image, &layer[1].norm, own && !block->added ? own : NULL, pixels, c, between, scratch);
+        transform(image, places + i * tiles * c, h, w, c, between, plane * c);
       }
     }
     for (long i = 0; i < images; i++) {
       const long at = (start + i) * pixels * c_out;
       const float *const skip = block->alone ? NULL : (block->skip || beside ? y : x) + at;
-      transform_back(made + i * tiles * c_out, last->bias, skip, block->times, y + at, h, w, c_out, plane * c_out);
+      transform_back(made + i * tiles * c_out, last->bias, skip, block->times, y + at, h, w, c_out, goes, plane * c_out);
     }
   }
+}
+
+/* `part` of n images at a time, of h x w pixels: x [n, h, w, c_in], or, with beside [n, h, w, c_beside], x with its channels after the others'. style:
+   row i is image i's, `stride` numbers apart; NULL for none. scratch: (5 + 2 h w) and 36 (1 + part h w / 16) times the most channels there are, and the
+   latter again. By `cores` threads, where this is compiled with OpenMP. */
+void fastdiff_block(const struct block *block, const float *x, const float *beside, long c_beside, const float *style, long stride, float *y, long n,
+                    long h, long w, long part, int cores, float *scratch) {
+  TOGETHER(cores) {
+    const struct team team = TEAM;
+    share(team, block, x, beside, c_beside, style, stride, y, n, h, w, part, scratch);
+  }
+}
+
+/* A number of so many bytes: polynomials of their 32-bit words, so that places count, as many side by side as a processor has room for. */
+static int64_t stamp(const unsigned char *from, long bytes) {
+  enum { CHAINS = 8 * LANES };
+  uint32_t sum[CHAINS] = {0}, word[CHAINS] = {0};
+  uint64_t all = bytes;
+  for (; bytes > 0; from += sizeof word, bytes -= sizeof word) {
+    if (bytes < (long)sizeof word) memset(word, 0, sizeof word);
+    memcpy(word, from, bytes < (long)sizeof word ? bytes : (long)sizeof word);
+    for (int i = 0; i < CHAINS; i++) sum[i] = sum[i] * 0x9E3779B1 + word[i];
+  }
+  for (int i = 0; i < CHAINS; i++) all = (all ^ sum[i]) * 0x9E3779B97F4A7C15;
+  return (int64_t)all;
+}
+
+/* What pixels `first` until `end` of fastdiff_conv3x3 say. What as many as `product` takes see becomes the rows of a matrix. */
+static void convolve(const float *x, const float *weight, const float *bias, float *y, long first, long end, long h, long w, long c_in, long c_out,
+                     long step, float *scratch) {
+  const long high = (h + step - 1) / step, wide = (w + step - 1) / step, k = 9 * c_in;
+  for (long start = first; start < end; start += HIGH) {
+    const long rows = end - start < HIGH ? end - start : HIGH;
+    float *seen = scratch;
+    for (long pixel = start; pixel < start + rows; pixel++) {
+      const long top = pixel / wide % high * step - 1, left = pixel % wide * step - 1, outside = left < 0;
+      const long columns = (left + 3 > w ? w - left : 3) - outside;
+      const float *const image = x + pixel / wide / high * h * w * c_in;
+      for (long row = top; row < top + 3; row++, seen += 3 * c_in) {
+        const int inside = row >= 0 && row < h;
+        if (!inside || columns < 3) memset(seen, 0, 3 * c_in * sizeof *seen);
+        if (inside) memcpy(seen + outside * c_in, image + (row * w + left + outside) * c_in, columns * c_in * sizeof *seen);
+      }
+    }
+    for (long column = 0; column < c_out; column += WIDE)
+      multiply(scratch, weight + column * k, bias ? bias + column : NULL, y + start * c_out + column, rows, k, c_out);
+  }
+}
+
+/* A 3 x 3 convolution of every `step`th pixel, with one of zeros around: x [n, h, w, c_in], of any c_in, weight in panels [c_out / WIDE, 9 c_in, WIDE],
+   bias [c_out] or NULL. scratch: for each of `cores`, 9 c_in rows of a product. */
+void fastdiff_conv3x3(const float *x, const float *weight, const float *bias, float *y, long n, long h, long w, long c_in, long c_out, long step,
+                      int cores, float *scratch) {
+  const long pixels = n * ((h + step - 1) / step) * ((w + step - 1) / step);
+  TOGETHER(cores) {
+    const struct team team = TEAM;
+    convolve(x, weight, bias, y, pixels * team.me / team.all, pixels * (team.me + 1) / team.all, h, w, c_in, c_out, step,
+             scratch + team.me * HIGH * 9 * c_in);
+  }
+}
+
+/* stamps[i]: a number of the bits of tensor i, which begins at at[i] and has so many bytes: another, but for one chance in 2^32, if any of them is. */
+void fastdiff_stamps(const unsigned char *const *at, const long *bytes, int64_t *stamps, long count) {
+  for (long i = 0; i < count; i++) stamps[i] = stamp(at[i], bytes[i]);
 }

@@ -5,8 +5,13 @@ import collections
 import concurrent.futures
 import ctypes
 import logging
+import os
 import re
 import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -341,8 +346,9 @@ def test_a_block_is_its_definition(name, styled, n):
     torch.testing.assert_close(made.double(), definition(block, x, beside, style), atol=1e-4, rtol=0, check_stride=False)
 
 
+@pytest.mark.parametrize("cores", [1, 3])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_the_kernels_touch_their_own_alone(name, monkeypatch):
+def test_the_kernels_touch_their_own_alone(name, cores):
     """What they read stands among NaN, and what they write among sevens."""
     c, c_beside, build = BLOCKS[name]
     block, n, h, w = build(), 5, 4, 8
@@ -364,7 +370,7 @@ def test_the_kernels_touch_their_own_alone(name, monkeypatch):
     outer, y = guarded(n * h * w * block.c_out, 7.0)
     library.fastdiff_block(
         block.told, x.data_ptr(), None if beside is None else beside.data_ptr(), c_beside, None if style is None else style.data_ptr(),
-        block.style, y.data_ptr(), n, h, w, part, scratch.data_ptr(),
+        block.style, y.data_ptr(), n, h, w, part, cores, scratch.data_ptr(),
     )  # fmt: skip
     assert untouched(outer) and untouched(used) and y.isfinite().all()
 
@@ -379,6 +385,100 @@ def test_bits_of_an_image_do_not_depend_on_the_others(name):
     for start, stop in ((0, 1), (5, 7), (30, 61), (66, 67)):
         part = slice(start, stop)
         assert torch.equal(block(x[part], None if beside is None else beside[part], style[part]), whole[part])
+
+
+@pytest.mark.parametrize("cores", [2, 3, 5, 8])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_team_makes_the_bits_of_one(name, cores, monkeypatch):
+    """Of more than there are channels to share, too; in one part and in several."""
+    c, c_beside, build = BLOCKS[name]
+    block, n = build(), 5
+    x, beside = images(n, c, 8, 4), images(n, c_beside, 8, 4) if c_beside else None
+    style = torch.randn(n, block.style, generator=torch.Generator().manual_seed(1)) if block.style else None
+    alone = block(x, beside, style)
+    for part in (1, 2, 5):
+        monkeypatch.setattr(native, "_part", lambda n, tiles, channels, part=part: part)
+        with native.team(cores):
+            for _ in range(5):
+                assert torch.equal(block(x, beside, style), alone)
+    assert native._TEAM.cores == 1
+
+
+def test_a_team_is_of_as_many_as_are_asked_for():
+    """Not of one, which would make the same bits; unless the compiler has no OpenMP."""
+    block, x, seen = BLOCKS["a block"][2](), images(1, 64, 4, 4), []
+    tasks = Path(f"/proc/{os.getpid()}/task")
+
+    def run():  # a thread of its own has a team of its own
+        before = {*tasks.iterdir()}
+        for cores in (4, 100):
+            with native.team(cores):
+                block(x)
+            seen.append(len({*tasks.iterdir()} - before))
+
+    if not tasks.exists():
+        pytest.skip("threads are counted in /proc")
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [3, native.MOST_CORES - 1]
+
+
+FORK = """
+import os, torch
+from fastdiff import native, reference
+weight, x = reference.winograd_weight(torch.randn(64, 64, 3, 3)), torch.randn(1, 64, 8, 8)
+with native.team(2):
+    made = native.winograd_conv3x3(x, weight, None)
+    child = os.fork()
+    same = torch.equal(native.winograd_conv3x3(x, weight, None), made)
+with native.team(2):
+    same &= torch.equal(native.winograd_conv3x3(x, weight, None), made)
+if not child:
+    os._exit(not same)
+assert same and os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_fork_does_not_wait_for_its_parents_threads():
+    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=60)
+
+
+STRIDED = [(0, 3, 32, 4, 4, 2), (1, 3, 64, 5, 7, 2), (3, 64, 96, 8, 8, 2), (5, 17, 32, 1, 1, 2), (2, 16, 32, 6, 9, 1), (40, 5, 32, 2, 3, 3)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", STRIDED, ids=str)
+def test_a_direct_convolution_is_its_definition(shape, bias):
+    n, c_in, c_out, h, w, step = shape
+    c, x = convolution(c_in, c_out, bias), images(n, c_in, h, w)
+    weight = reference.conv_weight(c.weight)
+    made = native.conv3x3(x, weight, c.bias, step)
+    assert made.is_contiguous(memory_format=torch.channels_last) and made.dtype == torch.float32
+    wanted = nn.functional.conv2d(x.double(), c.weight.double(), None if c.bias is None else c.bias.double(), stride=step, padding=1)
+    torch.testing.assert_close(made.double(), wanted, atol=1e-5, rtol=0, check_stride=False)
+    for i in range(n):
+        assert torch.equal(native.conv3x3(x[i : i + 1], weight, c.bias, step), made[i : i + 1])
+    for cores in (2, 3, 8):
+        with native.team(cores):
+            assert torch.equal(native.conv3x3(x.contiguous(), weight, c.bias, step), made)
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+@pytest.mark.parametrize("shape", STRIDED, ids=str)
+def test_a_direct_convolution_touches_its_own_alone(shape, cores):
+    n, c_in, c_out, h, w, step = shape
+    c = convolution(c_in, c_out)
+    _, x = guarded(n * h * w * c_in, torch.nan, images(n, c_in, h, w))
+    packed_weight = reference.conv_weight(c.weight)
+    _, weight = guarded(packed_weight.numel(), torch.nan, packed_weight)
+    _, bias = guarded(c_out, torch.nan, c.bias)
+    outer, y = guarded(n * -(-h // step) * -(-w // step) * c_out, 7.0)
+    used, scratch = guarded(cores * native.MOST_ROWS * 9 * c_in, 7.0, torch.tensor(torch.nan))
+    native._library().fastdiff_conv3x3(
+        x.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(), n, h, w, c_in, c_out, step, cores, scratch.data_ptr()
+    )
+    assert untouched(outer) and untouched(used) and y.isfinite().all()
 
 
 @pytest.mark.parametrize("tiles", [1, 24, 100])
@@ -443,6 +543,23 @@ def test_without_a_compiler_it_says_so_to_the_log(compiler, said, monkeypatch, c
     assert re.search(said, record.getMessage())
 
 
+def test_a_compiler_without_openmp_will_do(tmp_path, monkeypatch, caplog):
+    """Every call is then one core's."""
+    compiler = tmp_path / "cc"
+    own = os.environ.get("CC", "cc")
+    compiler.write_text(f'#!/bin/sh\nfor flag; do [ "$flag" = -fopenmp ] && exit 1; done\nexec {own} "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    with caplog.at_level(logging.INFO, logger="fastdiff.native"):
+        library = native._library.__wrapped__()
+    assert library is not None and not caplog.records
+    block, x = BLOCKS["a block"][2](), images(3, 64, 4, 4)
+    wanted = block(x)
+    monkeypatch.setattr(native, "_library", lambda: library)
+    with native.team(2):
+        assert torch.equal(block(x), wanted)
+
+
 def test_a_library_that_cannot_be_loaded_is_none(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError("noexec")))
     assert native._library.__wrapped__() is None
@@ -491,19 +608,27 @@ def test_a_compiler_sees_one_operation(backend):
 
 
 def test_a_single_image_has_the_bits_that_it_has_among_others():
-    """Through every kind of convolution: in C, and those of the library, with strides or few channels."""
+    """Through every kind of convolution: in C, with channels filled up or strides, and those of the library."""
     model = nn.Sequential(
-        convolution(12, 64), convolution(64, 64), nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.Conv2d(64, 12, 3, padding=1)
+        convolution(12, 64),
+        convolution(64, 64),
+        nn.Conv2d(64, 64, 3, stride=2, padding=1),
+        nn.Conv2d(64, 12, 3, padding=1),
+        nn.Conv2d(12, 12, 3, stride=2, padding=1),
+        nn.Conv2d(12, 12, 2),
     )
     twin = cpu.faster(model.requires_grad_(False).to(memory_format=torch.channels_last))
     cpu.pack(twin)
-    assert [type(m) for m in twin] == [cpu.PairedConv2d, WinogradConv2d, cpu.PairedConv2d, cpu.PairedConv2d]
+    assert [type(m) for m in twin] == [WinogradConv2d] * 2 + [cpu.StridedConv2d, WinogradConv2d] + [cpu.PairedConv2d] * 2
     x = images(5, 12, 8, 8)
     with torch.no_grad():
         whole = twin(x)
         for i in range(5):
             assert torch.equal(twin(x[i : i + 1]), whole[i : i + 1])
-        assert twin[0](x[0]).shape == (64, 8, 8), "an image alone, without a batch"
+        torch.testing.assert_close(whole, model(x), atol=1e-5, rtol=0)
+        for i, c in ((0, 12), (2, 64), (5, 12)):
+            alone = images(1, c, 8, 8)[0]
+            assert torch.equal(twin[i](alone), model[i](alone)), "an image alone, without a batch"
 
 
 def test_gradients_are_the_convolutions():
@@ -519,11 +644,12 @@ def test_which_channels_are_taken(way):
     in_c = way == "in C"
     for c_in, c_out, fits, native_too in (
         (64, 64, True, in_c),
-        (72, 64, True, False),
-        (64, 72, True, False),
+        (72, 64, True, in_c),
+        (64, 72, True, in_c),
         (16, 32, in_c, in_c),
-        (64, 48, False, False),
-        (12, 64, False, False),
+        (64, 48, in_c, in_c),
+        (12, 64, in_c, in_c),
+        (64, 3, in_c, in_c),
     ):
         assert WinogradConv2d.fits(convolution(c_in, c_out)) == fits, (c_in, c_out)
         if fits:
@@ -539,7 +665,8 @@ def test_which_channels_are_taken(way):
         nn.Conv2d(64, 64, 3, padding=1, groups=2),
         nn.Conv2d(64, 64, 3, padding=2, dilation=2),
         nn.Conv2d(64, 64, 3, padding=1, padding_mode="circular"),
-        nn.Conv2d(12, 64, 3, padding=1),
+        nn.Conv2d(64, 48, 3, padding=1, stride=2),
+        nn.Conv2d(64, 64, 3, padding=1, stride=3),
         nn.Conv2d(64, 64, 3, padding=1).bfloat16(),
         nn.ConvTranspose2d(64, 64, 3, padding=1),
     ],
@@ -590,17 +717,20 @@ def test_a_network_says_what_it_said(name, way):
     twin = cpu.faster(model)
     cpu.pack(twin)
     replaced = sum(isinstance(m, WinogradConv2d) for m in twin.modules())
-    assert replaced == (11 if name == "UNet" else 25)
+    # With the first and the last, whose few channels C fills up.
+    assert replaced == (11 if name == "UNet" else 25) + 2 * (way == "in C")
+    assert sum(isinstance(m, cpu.StridedConv2d) for m in twin.modules()) == (way == "in C")
     x, t = images(17, 3, 16, 16), torch.arange(17) * 7
     given = (x, t, t % 3) if name == "UNet" else (x, t)
     runs = []
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        call, norm = native.Block.__call__, native.group_norm_silu
+        call, norm, direct = native.Block.__call__, native.group_norm_silu, native.conv3x3
         patch.setattr(native.Block, "__call__", lambda block, *args: runs.append(len(block.layers)) or call(block, *args))
         patch.setattr(native, "group_norm_silu", lambda *args: runs.append("norm") or norm(*args))
+        patch.setattr(native, "conv3x3", lambda *args: runs.append("direct") or direct(*args))
         torch.testing.assert_close(twin(*given), model(*given), atol=1e-4, rtol=0)
     # Residual blocks, single convolutions, and the norm before the last.
-    wanted = {2: 5, 1: 1, "norm": 1} if name == "UNet" else {2: 12, 1: 1, "norm": 1}
+    wanted = {2: 5 if name == "UNet" else 12, 1: 3, "norm": 1, "direct": 1}
     assert collections.Counter(runs) == (wanted if way == "in C" else {})
 
 
@@ -752,9 +882,30 @@ def test_a_sampler_follows_weights_that_change(way, change, part):
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool, torch.uint8, torch.complex64, torch.complex128], ids=str
 )
-def test_the_stamp_of_weights_sees_any_change(dtype):
-    weight = torch.arange(24).reshape(1, 2, 3, 4).to(dtype).to(memory_format=torch.channels_last)
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "with gaps"])
+def test_the_stamp_of_weights_sees_any_change(layout, dtype, way):
+    weight = torch.arange(1000).reshape(5, 10, 4, 5).remainder(255).to(dtype)
+    if layout == "channels-last":
+        weight = weight.to(memory_format=torch.channels_last)
+    elif layout == "with gaps":
+        weight = weight.repeat_interleave(2, 3)[..., ::2]
     before = cpu.stamp([weight])
     assert cpu.stamp([weight]) == before != cpu.stamp([weight.clone()])
-    weight.data[0, 1, 2, 0] = 0
-    assert cpu.stamp([weight]) != before
+    for place in ((0, 0, 0, 0), (3, 1, 2, 0), (4, 9, 3, 4)):
+        kept = weight[place].clone()
+        weight.data[place] = 0 if kept else 1
+        assert cpu.stamp([weight]) != before
+        weight.data[place] = kept
+        assert cpu.stamp([weight]) == before
+    if dtype is not torch.bool:
+        for dim in range(4):
+            weight.data.copy_(weight.roll(1, dim))  # the same numbers, in other places
+            assert cpu.stamp([weight]) != before
+            weight.data.copy_(weight.roll(-1, dim))
+
+
+def test_the_stamp_tells_tensors_apart(way):
+    one, two, none = torch.ones(3), torch.zeros(3), torch.empty(0)
+    numbers = [number for _, number in cpu.stamp([one, two, none, torch.zeros(4)])]
+    assert len({*numbers[:2]}) == 2 and cpu.stamp([]) == ()
+    assert [number for _, number in cpu.stamp([two, one, none])] == [numbers[1], numbers[0], numbers[2]]

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastdiff.loop
+import fastdiff.native
 import fastdiff.ops
 import fastdiff.sampler
 from fastdiff import Sampler, Schedule, noise, solvers
@@ -27,9 +28,12 @@ aten, fastdiff_ops = torch.ops.aten, torch.ops.fastdiff
 
 
 @pytest.fixture(autouse=True)
-def dispatched(monkeypatch):
-    """As on a device: what is watched here is what the dispatcher sees, which on a CPU is not asked."""
-    monkeypatch.setattr(fastdiff.ops, "straight", lambda op, *args: op(*args))
+def dispatched():
+    """As on a device: what is watched here is what the dispatcher sees, which on a CPU is not asked, and nothing is in C."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fastdiff.ops, "straight", lambda op, *args: op(*args))
+        patch.setattr(fastdiff.native, "available", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from helpers import SMALL, FiniteList, Gaussian, Plain, by_hand, guided, small_checkpoint, small_network
 from torch import nn
 
-from fastdiff import Sampler, Schedule, UNetConfig, noise, solvers
+from fastdiff import Sampler, Schedule, UNetConfig, native, noise, solvers
 from fastdiff.noise import slerp
 
 SCHEDULE = Schedule.linear(50)
@@ -158,8 +158,24 @@ def test_images_do_not_depend_on_how_many_whatever_a_library_does_with_few_rows(
 
 
 @pytest.mark.parametrize(
+    ("count", "sizes"),
+    [
+        (1, {1: 1, 2: 2, 3: 4, 8: 8, 16: 16, 64: 64, 1000: 128}),
+        (2, {1: 1, 2: 2, 3: 4, 6: 8, 8: 8, 12: 8, 16: 8, 24: 16, 64: 32, 1000: 128}),
+        (8, {1: 1, 8: 8, 64: 16, 1000: 128}),
+    ],
+)
+def test_cores_share_a_call_of_few_images(count, sizes, threads):
+    """Where the network runs in C, whose calls they can share."""
+    assert native.available()
+    sampler = make(small_network(), micro_batch="auto")
+    threads(count)
+    assert {n: sampler.size(False, n) for n in sizes} == sizes
+
+
+@pytest.mark.parametrize(
     ("n", "count", "sizes"),
-    [(32, 2, {16}), (64, 2, {32}), (1, 1, {1}), (4, 2, {4}), (8, 2, {4}), (16, 2, {8}), (17, 2, {16}), (128, 1, {128}), (1000, 2, {128})],
+    [(32, 2, {16}), (64, 2, {32}), (1, 1, {1}), (4, 2, {2}), (8, 2, {4}), (16, 2, {8}), (17, 2, {16}), (128, 1, {128}), (1000, 2, {128})],
 )
 def test_few_images_occupy_every_core(n, count, sizes, threads):
     seen = []
@@ -410,7 +426,7 @@ def test_a_unet_of_diffusers():
 
 def test_conditions_made_once_are_those_of_every_row(network):
     """UNet has `condition` and `body`; wrapped it has neither. One matrix product of many rows or of few: rounding, over four rows."""
-    hidden = Plain(network.forward, network)
+    hidden = Plain(lambda *given: network(*given), network)
     for call in ({}, {"labels": 2}, {"labels": 1, "guidance": 3.0}):
         torch.testing.assert_close(make(network)(5, **call), make(hidden)(5, **call), atol=2e-5, rtol=0)
 
@@ -783,7 +799,7 @@ def test_out_of_memory_halves_the_micro_batch(network, error, n, micro_batch, gu
     got, said = warned(sampler, n, **call)
     assert said == [f"out of memory with {a} images at a time; going on with {b}" for a, b in pairwise(sizes)]
     assert sampler.size(guidance != 1) == sizes[-1]
-    hidden = Plain(network.forward, network)
+    hidden = Plain(lambda *given: network(*given), network)
     assert torch.equal(got, make(hidden, micro_batch=sizes[-1])(n, **call))
     assert torch.equal(sampler(n, **call), got)  # and no other word of it
 
