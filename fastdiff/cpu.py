@@ -231,8 +231,11 @@ def faster(model: nn.Module) -> nn.Module:
 
 
 def shared(model: nn.Module) -> bool:
-    """Whether a call can be shared among cores: see `native.team`."""
-    return native.available() and any(isinstance(module, (WinogradConv2d, StridedConv2d, FusedResBlock)) for module in model.modules())
+    """Whether cores can share a call of a model, or of what `faster` makes of it: see `native.team`."""
+    replaced = (WinogradConv2d, StridedConv2d)
+    return native.available() and any(
+        isinstance(module, replaced) or any(kind.fits(module) for kind in replaced) for module in model.modules()
+    )
 
 
 def pack(model: nn.Module) -> None:

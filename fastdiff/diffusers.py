@@ -37,16 +37,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import ops, reference, unet
+from . import cpu, ops, reference, unet
 from .checkpoint import Checkpoint, CheckpointError, fill, read_json, read_safetensors
 from .data import odd_name
 from .noise import column64
 from .reference import COLUMNS, SLOTS, STEP_COLUMNS
-from .sampler import AUTO_ROWS, Sampler
+from .sampler import AUTO_ROWS, Sampler, by_cost
 from .schedules import MAX_TIMESTEPS, Schedule
 from .solvers import Table
 from .unet import UNet, UNetConfig
-from .unet2d import UNet2D, UNet2DConfig
+from .unet2d import UNet2D, UNet2DConfig, adopted
 
 try:
     import diffusers
@@ -904,11 +904,13 @@ class _Owned:
             return None
         size = settings.micro_batch
         if size == "auto":
-            # One image to a core is all that a loop of micro-batches can do on a CPU; with fewer, the cores share an image.
             threads = torch.get_num_threads() if device.type == "cpu" else 1
-            if n < threads:
+            if device.type == "cpu" and dtype == unet.dtype and cpu.shared(unet):
+                size = math.ceil(n / math.ceil(n / by_cost(n, AUTO_ROWS["cpu"], threads, True)[0]))
+            elif n < threads:  # where only PyTorch's own loop lets cores share an image
                 return None
-            size = min(math.ceil(n / threads), AUTO_ROWS[device.type])
+            else:
+                size = min(math.ceil(n / threads), AUTO_ROWS[device.type])
         state = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in unet.parameters())
         key = (id(unet), device, dtype, settings, size, state)
         known = self.__dict__.setdefault("_samplers", {})
@@ -918,9 +920,10 @@ class _Owned:
             embeddings = unet.config.num_class_embeds
             sides = unet.config.sample_size
             shape = (unet.config.in_channels, *((sides, sides) if isinstance(sides, int) else sides))
+            classes = None if embeddings is None else embeddings - 1
             known[key] = Sampler(
-                _native(unet), Schedule.from_alphas_cumprod(self.scheduler.alphas_cumprod), shape, solver=table, device=device, dtype=dtype,
-                num_classes=None if embeddings is None else embeddings - 1, compile=settings.compile, micro_batch=size,
+                adopted(unet, classes), Schedule.from_alphas_cumprod(self.scheduler.alphas_cumprod), shape, solver=table, device=device, dtype=dtype,
+                num_classes=classes, compile=settings.compile, micro_batch=size,
             )  # fmt: skip
         sampler: Sampler = known.pop(key)
         known[key] = sampler  # the last one used stands last
@@ -1031,23 +1034,6 @@ class DDIMPipeline(_Owned, pipeline_ddim.DDIMPipeline):
         if result is None:
             result = super().__call__(batch_size, generator, eta, num_inference_steps, use_clipped_model_output, output_type, return_dict)
         return result  # type: ignore[no-any-return]
-
-
-def _native(unet: UNet2DModel) -> nn.Module:
-    """A UNet2D of the same weights, which it shares, if the network is a UNet2DModel and nothing but that: no class of one's own, hooks, adapters or
-    attention processors. Else the network itself."""
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules())
-    processors = {type(module.processor).__name__ for module in unet.modules() if hasattr(module, "processor")}
-    own = processors - {"AttnProcessor", "AttnProcessor2_0"}
-    if type(unet) is not UNet2DModel or hooked or own:
-        return unet
-    try:
-        with torch.device("meta"):
-            native = UNet2D(UNet2DConfig.from_config(dict(unet.config)))
-        native.load_state_dict(unet.state_dict(), assign=True)
-    except (ValueError, RuntimeError):  # settings, or weights, that are not its own
-        return unet
-    return native.eval()
 
 
 def accelerate(

@@ -20,7 +20,7 @@ from .noise import counter
 from .reference import COLUMNS, SLOTS
 from .solvers import Table
 from .unet import UNet
-from .unet2d import UNet2D
+from .unet2d import UNet2D, adopted
 
 # Rows in one CUDA graph. A replay costs the host some microseconds, so a sixteenth of that a row; the rest of a loop is replayed row by row.
 CHUNK = 16
@@ -81,7 +81,7 @@ class Network:
 
     def _build(self) -> None:
         accelerated = rewrite.accelerated(self.given)
-        self.model = model = self.given if accelerated else cpu.faster(self.given)
+        self.model = model = self.given if accelerated else cpu.faster(adopted(self.given, self.num_classes))
         parts: tuple[Any, Any] = getattr(model, "condition", None), getattr(model, "body", None)
         # An accelerated module is so as a whole, when it is called.
         self.hoisted = callable(parts[0]) and callable(parts[1]) and not accelerated
@@ -168,7 +168,7 @@ class Engine:
         stamp = self.network.stamp
         if self.conditions is not None and not (stamp and stamp == self.conditioned[0] and torch.equal(t, self.conditioned[1])):
             self.conditions[:n].copy_(self.network.conditions(t))
-            if type(self.network.given) in (UNet, UNet2D, FusedUNet):  # of others, what else it depends on is not known
+            if type(self.network.model) in (UNet, UNet2D, FusedUNet):  # of others, what else it depends on is not known
                 self.conditioned = stamp, t
         self.learned, self.start, self.scale = table.learned, table.start, table.scale
 

@@ -88,7 +88,8 @@ class Sampler:
 
     model: a torch.nn.Module; x is [rows, *shape] in `dtype`, t [rows], labels int64 [rows] with `num_classes` as the null class. t is int64, or
     fp32 where the solver looks between timesteps. It returns a tensor of x's shape (or of twice its channels, with a learned variance), or
-    something with that in `.sample`. prediction: what it returns, "epsilon", "v", "x0", "flow" or "edm". solver, steps and `options` (spacing,
+    something with that in `.sample`. diffusers' UNet2DModel is run as a fastdiff network of the same parameters (`unet2d.adopted`). prediction: what it
+    returns, "epsilon", "v", "x0", "flow" or "edm". solver, steps and `options` (spacing,
     eta, variance, ...): see `fastdiff.solvers`; a `solvers.Table` as solver is taken as it is. clip: x_0 is clamped to [-clip, clip], None for
     not. threshold: dynamic thresholding at that quantile (0.995, say) instead; it sorts every image in every row, outside the fused update.
     device, dtype: default where the model's parameters are, and fp32 on the CPU, bf16 on CUDA; where they differ from the model's own, a copy
@@ -219,15 +220,8 @@ class Sampler:
         if n is None or n * halves >= 2 * threads * most:
             return most
 
-        def cost(rows: int) -> tuple[float, int]:
-            calls = math.ceil(n * halves / rows)
-            at_once = min(calls, threads)
-            saved = 1 - 1 / (threads // at_once) if self._take_network().shared else 0.0
-            one = rows * (1 - saved * ROW_SHARED) + CALL_ROWS - saved * CALL_SHARED
-            return math.ceil(calls / threads) * max(one, at_once * CORE_ROWS), rows
-
-        for rows in sorted((most, *(rows for rows in FEWER_ROWS if halves <= rows < most)), key=cost):
-            if all(self._gives_same(called) for called in ((rows, rows // 2, most // 2) if mixed else (rows,))):
+        for rows in by_cost(n * halves, most, threads, self._take_network().shared):
+            if rows >= halves and all(self._gives_same(called) for called in ((rows, rows // 2, most // 2) if mixed else (rows,))):
                 return rows
         return most
 
@@ -904,6 +898,20 @@ def _real(value: object) -> bool:
 
 def _is_out_of_memory(e: BaseException) -> bool:
     return isinstance(e, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(e)
+
+
+def by_cost(n: int, most: int, threads: int, shared: bool) -> list[int]:
+    """Numbers of rows that a network call may have on a CPU, the one with which n rows are reckoned to be done the soonest first. shared: cores with no
+    call of their own help with another's (`cpu.shared`)."""
+
+    def cost(rows: int) -> tuple[float, int]:
+        calls = math.ceil(n / rows)
+        at_once = min(calls, threads)
+        saved = 1 - 1 / (threads // at_once) if shared else 0.0
+        one = rows * (1 - saved * ROW_SHARED) + CALL_ROWS - saved * CALL_SHARED
+        return math.ceil(calls / threads) * max(one, at_once * CORE_ROWS), rows
+
+    return sorted((most, *(rows for rows in FEWER_ROWS if rows < most)), key=cost)
 
 
 def _interval(interval: tuple[float, float]) -> tuple[float, float]:

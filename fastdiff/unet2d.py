@@ -339,3 +339,27 @@ class UNet2D(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor | float, labels: Tensor | None = None) -> Tensor:
         return self.body(x, self.condition(t, labels))
+
+
+def adopted(model: nn.Module, num_classes: int | None) -> nn.Module:
+    """A UNet2D of the same parameters, if the network is diffusers' UNet2DModel and nothing but that: no class of one's own, hooks, adapters, attention
+    processors or modules that have been given another `forward`; and if it has classes where classes are spoken of. Else the network itself."""
+    if (type(model).__module__, type(model).__qualname__) != ("diffusers.models.unets.unet_2d", "UNet2DModel"):
+        return model
+    modules = [*model.modules()]
+    changed = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules)
+    processors = {type(m.processor).__name__ for m in modules if hasattr(m, "processor")}
+    foreign = any(not type(m).__module__.startswith(("torch.nn.modules.", "diffusers.models.")) for m in modules)
+    if changed or foreign or processors - {"AttnProcessor", "AttnProcessor2_0"}:
+        return model
+    try:
+        config = UNet2DConfig.from_config(dict(model.config))  # type: ignore[arg-type]
+        if (config.num_class_embeds is None) != (num_classes is None):
+            return model
+        with torch.device("meta"):
+            made = UNet2D(config)
+        # The parameters themselves, so that what replaces their data is seen.
+        made.load_state_dict({**dict(model.named_parameters()), **dict(model.named_buffers())}, assign=True)
+    except (ValueError, RuntimeError):  # settings, or weights, that are not its own
+        return model
+    return made.eval()

@@ -20,6 +20,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput  # noqa: E402
 import fastdiff  # noqa: E402
 import fastdiff.diffusers as ours  # noqa: E402
 from fastdiff import noise  # noqa: E402
+from fastdiff.unet2d import adopted  # noqa: E402
 
 # torch 2.13 with numpy 2, in diffusers' own np.array(tensor).
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
@@ -495,24 +496,94 @@ def test_folders_that_are_no_checkpoint(tmp_path):
 def test_the_native_network_is_taken_where_it_can_be():
     """It shares the weights; a class of one's own, hooks, and what UNet2D does not cover run as they are."""
     plain = unet()
-    native = ours._native(plain)
+    native = adopted(plain, None)
     assert isinstance(native, fastdiff.unet2d.UNet2D) and native.conv_in.weight.data_ptr() == plain.conv_in.weight.data_ptr()
 
     class Own(diffusers.UNet2DModel):
         pass
 
     own = Own(**{k: v for k, v in plain.config.items() if not k.startswith("_")})
-    assert ours._native(own) is own
+    assert adopted(own, None) is own
     for change in (
         lambda model: model.mid_block.resnets[0].register_forward_hook(lambda *given: None),
         lambda model: model.mid_block.attentions[0].set_processor(SlicedAttnProcessor(slice_size=1)),
         lambda model: model.mid_block.add_module("adapter", torch.nn.Linear(2, 2)),
         lambda model: model.register_to_config(act_fn="gelu"),
+        lambda model: setattr(model.conv_in, "forward", lambda x: 2 * x),
+        lambda model: setattr(model, "conv_in", type("Scaled", (torch.nn.Conv2d,), {"__module__": "mine"})(3, 8, 3, padding=1)),
+        lambda model: setattr(model.conv_in, "bias", None),
     ):
         changed = unet()
-        assert isinstance(ours._native(changed), fastdiff.unet2d.UNet2D)
+        assert isinstance(adopted(changed, None), fastdiff.unet2d.UNet2D)
         change(changed)
-        assert ours._native(changed) is changed
+        assert adopted(changed, None) is changed
+
+    classes = unet(classes=4)
+    assert adopted(classes, None) is classes and adopted(plain, 3) is plain, "the error about labels is diffusers' own"
+    assert adopted(classes, 3)(torch.zeros(2, 3, 8, 8), torch.ones(2), torch.tensor([0, 3])).shape == (2, 3, 8, 8)
+
+
+class Opaque(torch.nn.Module):
+    """A network that is not known."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.parts = torch.nn.ModuleList([model])
+
+    def forward(self, x, t, *labels):
+        return self.parts[0](x, t, *labels)
+
+
+@pytest.mark.parametrize("classes", [None, 4])
+def test_a_sampler_takes_the_network_of_a_pipeline_for_its_own(classes):
+    """The images that it says itself, to rounding; and it follows its weights, whichever way they change."""
+    model = unet(classes).train()
+    call = {"labels": [0, 1, 2, 0, 1]} if classes else {}
+
+    def sampler(network):
+        given = classes and classes - 1
+        return fastdiff.Sampler(network, fastdiff.Schedule.linear(50), shape=(3, 8, 8), num_classes=given, steps=3, micro_batch=4)
+
+    taken = sampler(model)
+    assert isinstance(taken._take_network().model, fastdiff.unet2d.UNet2D)
+    before = None
+    for change in (
+        lambda: None,
+        lambda: model.conv_in.weight.data.mul_(1.5),
+        lambda: setattr(model.conv_out.weight, "data", model.conv_out.weight.data * 1.5),
+        lambda: setattr(model.time_embedding.linear_1, "weight", torch.nn.Parameter(1.1 * model.time_embedding.linear_1.weight.detach())),
+        lambda: model.load_state_dict(unet(classes, seed=1).state_dict()),
+        lambda: model.load_state_dict(unet(classes, seed=2).state_dict(), assign=True),
+    ):
+        change()
+        made = taken(5, **call)
+        torch.testing.assert_close(made, sampler(Opaque(model))(5, **call), atol=2e-5, rtol=0)
+        assert torch.equal(made, sampler(model)(5, **call))
+        assert before is None or not torch.equal(made, before)
+        before = made
+    assert model.training and all(p.requires_grad for p in model.parameters())
+
+
+def test_classes_that_do_not_fit_are_diffusers_error():
+    call = {"schedule": fastdiff.Schedule.linear(50), "shape": (3, 8, 8), "steps": 2}
+    with pytest.raises(ValueError, match="class_labels should be provided"):
+        fastdiff.Sampler(unet(classes=4), **call)(2)
+    with pytest.raises(ValueError, match="class_embedding needs to be initialized"):
+        fastdiff.Sampler(unet(), num_classes=3, **call)(2, labels=1)
+
+
+@pytest.mark.parametrize("n", [1, 3, 20])
+def test_few_images_are_made_in_our_loop(n, monkeypatch):
+    """One, too, where the network runs in C, whose calls cores share: in as few calls as are the fastest, and none is filled up."""
+    sizes = []
+    original = fastdiff.Sampler.__init__
+    monkeypatch.setattr(fastdiff.Sampler, "__init__", lambda self, *a, **k: (sizes.append(k["micro_batch"]), original(self, *a, **k))[1])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    pipe = pipeline()
+    wanted, state = images(pipe, n, 4)
+    got, after = images(ours.accelerate(pipe), n, 4)
+    assert np.abs(got - wanted).max() <= 1e-4 and torch.equal(state, after)
+    assert sizes == [{1: 1, 3: 3, 20: 10}[n]]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
