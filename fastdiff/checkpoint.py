@@ -15,7 +15,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from .data import MAX_NAME, odd_name, one_line
-from .files import atomic_write, open_regular, read_regular
+from .files import atomic_write, open_regular, parse_json, read_regular
 from .sampler import Sampler
 from .schedules import Schedule
 from .solvers import PREDICTIONS
@@ -29,8 +29,6 @@ ASSETS = Path(__file__).parent / "assets"
 # What is read. Nothing is allocated for what a file says of itself before it has been compared with these and with the file's size.
 MAX_FILE = 4 << 30  # bytes
 MAX_HEADER = 16 << 20  # bytes; also of a JSON file
-MAX_VALUES = 1 << 18  # of JSON: commas and brackets. Python takes up to some 200 bytes and 6 microseconds for each.
-MAX_DEPTH = 32
 MAX_TENSORS = 1 << 14
 MAX_DIMENSIONS = 8
 # What tensors may be, by safetensors' names.
@@ -264,30 +262,6 @@ def _tensor(content: bytearray, dtype: torch.dtype, shape: list[int], place: int
     if place % dtype.itemsize:  # not aligned, as vector instructions need it
         content, place = content[place : place + count * dtype.itemsize], 0
     return torch.frombuffer(content, dtype=dtype, count=count, offset=place).reshape(shape)
-
-
-def parse_json(text: str) -> Any:
-    """JSON within MAX_VALUES and MAX_DEPTH, with no key twice in an object. ValueError, one line, for any other."""
-    if (values := sum(map(text.count, ",[{"))) > MAX_VALUES:
-        raise ValueError(f"{values} values of JSON, and at most {MAX_VALUES} are read")
-    try:
-        value = json.loads(text, object_pairs_hook=_unique)
-    except RecursionError:
-        raise ValueError(f"JSON in more than {MAX_DEPTH} levels") from None
-    level: list[Any] = [[value]]
-    depth = -1
-    while level := [v for each in level for v in (each.values() if isinstance(each, dict) else each) if isinstance(v, (dict, list))]:
-        depth += 1
-        if depth >= MAX_DEPTH:
-            raise ValueError(f"JSON in more than {MAX_DEPTH} levels")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        raise ValueError("the same key twice in one object")
-    return entries
 
 
 def read_json(path: Path) -> Any:

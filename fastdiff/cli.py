@@ -105,6 +105,8 @@ def run(main: Callable[[], int], prog: str) -> NoReturn:
         print(f"{prog}: out of memory; ask for fewer or smaller images at a time (--help)", file=sys.stderr)
         code = 2
     except KeyboardInterrupt as e:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # another would only break off the end
         print(f"\n{prog}: interrupted{'; ' * bool(str(e))}{e}", file=sys.stderr)
         code = 130
     except SystemExit as e:

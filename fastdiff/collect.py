@@ -22,7 +22,7 @@ from .files import atomic_write, flush_folder, part_of, remove_parts
 from .runs import Plan, RunError
 
 CHUNK = 1 << 16  # ids and labels written at a time
-TARS = r"%0?\d*d"  # where a shard's number goes in a name
+TARS = r"%0?\d{0,2}d"  # where a shard's number goes in a name
 
 # (shard, images uint8 [n, H, W, C])
 Shards = Iterator[tuple[int, np.ndarray]]
@@ -65,7 +65,7 @@ def collect(
             yield k, images
             progress(len(images))
 
-    _check(target, folder, manifest.plan)
+    check(target, folder, manifest.plan)
     names = re.escape(target.name)
     remove_parts(
         target.parent, rf"{names}|{re.escape(_labels(target).name)}" if target.suffix.lower() == ".npy" else _pattern(names), alive=True
@@ -77,7 +77,7 @@ def collect(
     return Collected(target, manifest.plan.images, pixels.hexdigest())
 
 
-def _check(target: Path, folder: Path, plan: Plan) -> None:
+def check(target: Path, folder: Path, plan: Plan) -> None:
     """RunError where nothing can be collected into the target."""
     suffix, numbers = target.suffix.lower(), re.findall(TARS, target.name)
     if not target.parent.is_dir():
@@ -91,7 +91,7 @@ def _check(target: Path, folder: Path, plan: Plan) -> None:
         raise RunError(f"{target.name} is no name of tars, one a shard; those have a single %d, as in sprites-%06d.tar")
     if suffix in KINDS and target.is_dir():
         raise RunError(f"{target} is a folder; give the name of a file")
-    if suffix not in KINDS and target.exists():
+    if suffix not in KINDS and os.path.lexists(target):
         raise RunError(f"{target} is there already; give the name of a folder that is not, for PNGs, or of a .npz, .npy or .tar")
     if suffix not in (".npz", ".npy") and plan.shape[2] not in (1, 3, 4):
         raise RunError(f"images of {plan.shape[2]} channels cannot be PNGs; collect them into .npz or .npy")
@@ -99,7 +99,7 @@ def _check(target: Path, folder: Path, plan: Plan) -> None:
 
 def _pattern(names: str) -> str:
     """Of an escaped name, with the place of a shard's number as any number."""
-    return re.sub(r"%0?\d*d", r"\\d+", names)
+    return re.sub(TARS, r"\\d+", names)
 
 
 def _labels(target: Path) -> Path:
@@ -193,6 +193,8 @@ def _folder(plan: Plan, shards: Shards, target: Path) -> None:
         getattr(os, "sync", lambda: None)()  # all of them at once: to flush a million small files one by one takes hours
         os.replace(part, target)
         flush_folder(target.parent)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(target)) from None  # the name that the user knows
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -27,6 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 
 # A rank that is done waits for the slowest. One that has died does not keep the others waiting: its connections close, and torchrun ends them.
 TIMEOUT = timedelta(days=7)
+STEP = timedelta(hours=1)  # that a step of training may take one rank longer than another; NCCL does not see that a connection has closed
 MEETING = timedelta(minutes=10)  # that ranks may take to start
 NAP = timedelta(milliseconds=100)  # between which a rank that waits for others heeds signals
 
@@ -154,6 +155,11 @@ def launched() -> bool:
     return _number("WORLD_SIZE", 1) > 1 and "RANK" in os.environ
 
 
+def rank() -> int:
+    """The number of this process among those of its job, 0 where it is alone."""
+    return _number("RANK") if launched() else 0
+
+
 @contextmanager
 def join(cuda: bool = False) -> Iterator[Group]:
     """The group that this process belongs to, as long as the block lasts: from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or alone.
@@ -178,7 +184,9 @@ def join(cuda: bool = False) -> Iterator[Group]:
         store = PrefixStore(f"fastdiff/{names[0]}", store)
         with lost(), _silent():
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-            dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=world, timeout=TIMEOUT)
+            dist.init_process_group(
+                backend, store=PrefixStore("group", store), rank=rank, world_size=world, timeout=STEP if cuda else TIMEOUT
+            )
     yield Group(rank, world, local, names, PrefixStore("counters", store))
     dist.destroy_process_group()  # not after an error: the others do not come, and are not waited for
 
@@ -252,9 +260,11 @@ def one_voice(group: Group) -> Iterator[None]:
 
 
 def own_device(name: str | None, local: int) -> str | None:
-    """The device of a rank: what was asked for, but of "cuda", or of the best there is, the GPU with the rank's number."""
+    """The device of a rank: what was asked for, but of "cuda", or of the best there is, the GPU with the rank's number. Where a launcher shows each
+    rank one GPU alone, that one."""
     if name == "cuda" or (name is None and torch.cuda.is_available()):
-        return f"cuda:{local}"
+        alone = "CUDA_VISIBLE_DEVICES" in os.environ and torch.cuda.device_count() == 1
+        return "cuda:0" if alone else f"cuda:{local}"
     return name
 
 

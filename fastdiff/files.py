@@ -1,10 +1,12 @@
-"""Files that are whole or not there: write beside the target, flush to disk, rename; and a folder that one writes to at a time."""
+"""Files that are whole or not there: write beside the target, flush to disk, rename; and a folder that one writes to at a time; and
+what others have written, within limits."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import io
+import json
 import os
 import re
 import shutil
@@ -13,7 +15,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+MAX_VALUES = 1 << 18  # of JSON: commas and brackets. Python takes up to some 200 bytes and 6 microseconds for each.
+MAX_DEPTH = 32
 
 
 @contextmanager
@@ -113,3 +118,27 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     except OSError as e:
         raise ValueError(f"cannot write to the folder {path}: {e.strerror}; choose another with --out") from None
     return path
+
+
+def parse_json(text: str, most: int = MAX_VALUES) -> Any:
+    """JSON of at most so many values and MAX_DEPTH, with no key twice in an object. ValueError, one line, for any other."""
+    if (values := sum(map(text.count, ",[{"))) > most:
+        raise ValueError(f"{values} values of JSON, and at most {most} are read")
+    try:
+        value = json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError(f"JSON in more than {MAX_DEPTH} levels") from None
+    level: list[Any] = [[value]]
+    depth = -1
+    while level := [v for each in level for v in (each.values() if isinstance(each, dict) else each) if isinstance(v, (dict, list))]:
+        depth += 1
+        if depth >= MAX_DEPTH:
+            raise ValueError(f"JSON in more than {MAX_DEPTH} levels")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("the same key twice in one object")
+    return entries

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import sys
 import threading
@@ -67,6 +68,7 @@ class Progress:
         self.points: collections.deque[tuple[float, float]] = collections.deque([(self.began, 0.0)])
         self.more: dict[str, Any] = {}  # what else a line of JSON says
         self.lock = threading.Lock()  # micro-batches report from threads of their own
+        self.over = threading.Event()
         self.doing = doing
         settings: dict[str, Any] = calm_bar()
         if doing != "progress":  # what is done with images that are there is mostly done at once
@@ -74,12 +76,24 @@ class Progress:
         self.bar = _Bar(total=total, initial=done, unit=unit.removesuffix("s"), disable=as_json or not self.shown, smoothing=0, **settings)
 
     def __enter__(self) -> Progress:
+        if self.shown:
+            self.teller = threading.Thread(target=self._tell, name="fastdiff-progress", daemon=True)
+            self.teller.start()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
+        self.over.set()
+        if self.shown:
+            self.teller.join()
         if kind is None:
             self.move(0, complete=True)  # what the others have made since this rank's last
         self.bar.close()
+
+    def _tell(self) -> None:
+        """Say how far it is while this rank makes nothing: it waits for the others, or is in the middle of a long step."""
+        with contextlib.suppress(OSError):  # another rank has ended, or nobody reads: whoever does the work finds out
+            while not self.over.wait(TELL_S):
+                self.move(0)
 
     def begin(self) -> None:
         """Forget how fast it was until now."""
@@ -95,7 +109,7 @@ class Progress:
         """Images per second, over the last minutes; 0 before the first."""
         (then, base), now = self.points[0], self.clock()
         made = self.complete + self.partial - base
-        return made / (now - then) if now > then else 0.0
+        return max(made, 0.0) / (now - then) if now > then else 0.0  # what was under way is taken back when something stops it
 
     def eta(self) -> float | None:
         """Seconds that are left, None as long as nobody can know."""

@@ -12,6 +12,7 @@ comes next. It counts only once its digest is on the disk, and its digest gets t
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -20,19 +21,20 @@ import math
 import os
 import re
 import socket
+import stat
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 
 from .distributed import Group
-from .files import atomic_write, flush_folder, make_folder, read_regular, remove_parts
+from .files import atomic_write, flush_folder, make_folder, open_regular, parse_json, read_regular, remove_parts
 
 FORMAT = 1
 MANIFEST, LOCK, GRID = "manifest.json", ".lock", "grid.png"
@@ -40,6 +42,9 @@ PARTS = r"manifest\.json|grid\.png|shard-\d+\.npz"  # what is written here by wa
 JOURNALS = ".journal-*.jsonl"
 MAX_SHARDS = 100_000
 MAX_MANIFEST = 32 << 20  # bytes: three times what MAX_SHARDS ask for
+MAX_VALUES = 8 * MAX_SHARDS  # of its JSON, of which a shard has five
+# A line of a journal, as `_Writer` writes it.
+RECORD = re.compile(rb'^\{"shard": (\d{1,6}), "sha256": "([0-9a-f]{64})"\}(?:\n|\Z)', re.MULTILINE)
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +210,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """The manifest in a file, of at most 32 MiB; reading it takes at most 512 MiB of memory. RunError where it is none, or damaged."""
     path = Path(path)
     try:
-        raw = json.loads(read_regular(path, MAX_MANIFEST))
+        raw = parse_json(read_regular(path, MAX_MANIFEST).decode(), MAX_VALUES)
         if not isinstance(raw, dict) or "fastdiff_run" not in raw:
             raise TypeError("it is not one of fastdiff's")
         if raw["fastdiff_run"] != FORMAT:
@@ -225,8 +230,8 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         raise RunError(f"cannot read {path}: {e.strerror}") from None
     except RunError as e:
         raise e if str(path) in str(e) else RunError(f"{path} is damaged: {e}") from None
-    # UnicodeDecodeError and JSONDecodeError are ValueErrors; RecursionError is of brackets in brackets in brackets.
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
+    # UnicodeDecodeError and JSONDecodeError are ValueErrors.
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise RunError(f"{path} is damaged, or not the manifest of a run: {_short(e)}") from None
     return manifest
 
@@ -245,14 +250,10 @@ def read_run(folder: str | os.PathLike[str]) -> Manifest:
 
 def _read_journal(plan: Plan, path: Path) -> dict[int, str]:
     """What a journal says. A line that a kill has cut short says nothing."""
-    found, odd = {}, 0
-    with open(path, "rb") as f:
-        for line in f.read(MAX_MANIFEST).splitlines():
-            try:
-                entry = json.loads(line)
-                found[entry["shard"]] = _digest(plan, entry["shard"], entry["sha256"])
-            except (KeyError, TypeError, ValueError, RecursionError):
-                odd += 1
+    with open_regular(path) as f:
+        text = f.read(MAX_MANIFEST)
+    found = {int(m[1]): m[2].decode() for m in RECORD.finditer(text) if int(m[1]) < plan.count}
+    odd = text.count(b"\n") + (text[-1:] not in (b"", b"\n")) - sum(int(m[1]) < plan.count for m in RECORD.finditer(text))
     if odd:
         log.warning("%s: passed over what is no record of a shard, %d times", path, odd)
     return found
@@ -482,7 +483,7 @@ def _lock(folder: Path, group: Group) -> Iterator[None]:
         who = " ".join((folder / LOCK).read_text(errors="replace").split())[:100]
         return RunError(f"{folder} is being written to by {who or 'another process'}; wait for it, or give another --out")
 
-    with open(folder / LOCK, "a+") as f:
+    with _lock_file(folder / LOCK) as f:
         if group.first:
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -509,6 +510,20 @@ def _lock(folder: Path, group: Group) -> Iterator[None]:
             except OSError:
                 pass
         yield
+
+
+def _lock_file(path: Path) -> IO[str]:
+    """The file that is locked. OSError where a link, which may lead to anything, or what is no file has its name."""
+    try:
+        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as e:
+        if e.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "a symbolic link, where the run's lock is to be; remove it", os.fspath(path)) from None
+        raise
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return os.fdopen(number, "r+")
 
 
 def _read(folder: Path, plan: Plan, shard: int) -> bytes | None:

@@ -26,7 +26,7 @@ from .sampler import Sampler
 from .version import __version__
 
 PROG = "python -m fastdiff.sample"
-GRID_COLUMNS = 20
+GRID_COLUMNS, GRID_CLASSES = 20, 20
 
 log = logging.getLogger("fastdiff.sample")  # __name__ is "__main__" in the command
 
@@ -152,8 +152,8 @@ def class_numbers(wanted: list[str] | None, classes: tuple[str, ...], path: str)
 
 
 def picture(images: np.ndarray, labels: np.ndarray | None, kinds: int) -> np.ndarray:
-    """The images to show, uint8 [rows * GRID_COLUMNS, H, W, C]: a row a class where there are classes, white where a row is short."""
-    if labels is None:
+    """The images to show, uint8 [rows * GRID_COLUMNS, H, W, C]: a row a class where there are classes, but not many, white where a row is short."""
+    if labels is None or kinds > GRID_CLASSES:
         return images[: GRID_COLUMNS * 10]
     rows = []
     for kind in range(kinds):
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.out or args.collect == "":
         raise ValueError(f"--{'collect' if args.out else 'out'} is empty; give a name")
     if not args.shard_size and (args.verify or args.collect):
-        return look(args)
+        return look(args) if distributed.rank() == 0 else 0  # what one process does, several would do to each other
     with distributed.join() as group, distributed.one_voice(group):
         if group.world > 1 and (not args.shard_size or args.warmup):
             raise ValueError(
@@ -249,6 +249,8 @@ def share(
     with ExitStack() as stack:
         with Progress(args.batch, as_json=args.json, shown=group.first, doing="check") as checked:
             run = stack.enter_context(runs.hold(args.out, config, group, checked.move))
+        if args.collect and group.first:  # a name that will not do is said now, and not once all is made
+            collect.check(Path(args.collect), run.folder, run.plan)
         plan = run.plan
         to_make = sum(plan.size(k) for k in run.todo)
         loaded = compiled = time.perf_counter()
@@ -271,7 +273,7 @@ def share(
         if not group.first:
             return
         out = Path(args.out)
-        pixels = first_images(out, run.manifest, GRID_COLUMNS * (len(kinds) or 10))
+        pixels = first_images(out, run.manifest, GRID_COLUMNS * max(min(len(kinds), GRID_CLASSES), 10))
         draw_grid(out, pixels, plan.labels(plan.first + np.arange(len(pixels))), len(checkpoint.classes))
     report = {
         "event": "done", "run": str(out), "manifest": str(out / runs.MANIFEST), "grid": str(out / "grid.png"), "images": args.batch,

@@ -16,7 +16,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ Watch = Callable[[int, int, int, Loop], None]
 Noise = Callable[[int], Tensor | None]
 # A progress bar of so many steps.
 Bar = Callable[[int], Any]
+T = TypeVar("T")
 
 
 class Trajectory(NamedTuple):
@@ -265,9 +266,27 @@ class Sampler:
         """Build what the first call would: buffers, compiled code, CUDA graphs. n: for that many images. Returns the seconds it took."""
         began = time.perf_counter()
         with self._working():
-            kind = self._kind(self.table, guided, self.size(guided, n), threshold=self.threshold)
-            self._build(kind, self.table, (guided,) * len(self.table), workers)
+            self._with_room(lambda size: self._ready(guided, size, workers), guided, n)
         return time.perf_counter() - began
+
+    def _ready(self, guided: bool, size: int, workers: int = 1) -> Engine:
+        """The engine of the sampler's own solver, for micro-batches of so many images."""
+        kind = self._kind(self.table, guided, size, threshold=self.threshold)
+        return self._build(kind, self.table, (guided,) * len(self.table), workers)
+
+    def _with_room(self, work: Callable[[int], T], guided: bool, n: int | None, mixed: bool = False) -> T:
+        """What `work` makes, given how many images a micro-batch has: half as many when memory runs out, and again, down to one."""
+        while True:
+            size = self.size(guided, n, mixed)
+            try:
+                return work(size)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+                if size == 1 or not _is_out_of_memory(e):
+                    raise
+            # Here, where the error holds on to nothing any more.
+            self._room = size * (2 if guided else 1) // 2
+            self._drop(0)
+            warnings.warn(f"out of memory with {size} images at a time; going on with {size // 2}", stacklevel=4)
 
     def fingerprint(self, guided: bool = False, n: int | None = None) -> str:
         """16 hexadecimal digits of what comes out of one row, of a few samples: equal where the network, the way it runs and the machine's arithmetic
@@ -275,18 +294,20 @@ class Sampler:
 
         n: as for `warmup`. Libraries choose by the model of the processor, by their version and by environment variables in what order to sum.
         """
-        with self._working():
-            kind = self._kind(self.table, guided, self.size(guided, n), threshold=self.threshold)
-            engine = self._build(kind, self.table, (guided,) * len(self.table), 1)
-            (loop, *_) = engine.loops
-            ids = torch.arange(kind.size, device=self.device)
+
+        def row(size: int) -> str:
+            (loop, *_) = self._ready(guided, size).loops
+            ids = torch.arange(size, device=self.device)
             labels = None if self.num_classes is None else ids % self.num_classes
-            weights = torch.full((kind.size,), 2.0 if guided else 1.0, device=self.device)
+            weights = torch.full((size,), 2.0 if guided else 1.0, device=self.device)
             with _evaluating(self.model), _one_thread() if self.device.type == "cpu" else torch.cuda.device(self.device):
                 loop.begin(torch.zeros_like(ids), ids, labels, weights)
                 loop.advance(guided, 1)
             # Of one image, which the smallest of the micro-batches that give the same bits has, too.
             return hashlib.sha256(loop.x[:1].cpu().numpy().tobytes()).hexdigest()[:16]
+
+        with self._working():
+            return self._with_room(row, guided, n)
 
     def measure(self, guided: bool = False, rounds: int = 5) -> dict[str, float]:
         """Milliseconds of one row, for each way the network can run here: "eager", "compiled", and of a UNet on CUDA "fused". Median of `rounds`,
@@ -307,7 +328,7 @@ class Sampler:
                     **{**self._always, **self._settings()},
                 )  # fmt: skip
                 try:
-                    other.warmup(guided)
+                    other._ready(guided, other.size(guided))
                 except Exception as e:
                     if way == "eager":
                         raise
@@ -641,19 +662,13 @@ class Sampler:
 
         with self._working():
             out = torch.empty(n, *self.shape, device=self.device)
-            while True:
-                size = self.size(guided, n, mixed=guided and not all(rows))
+
+            def run(size: int) -> Tensor:
                 kind = self._kind(table, guided, size, "known" in columns, threshold, guide, noise is not None)
                 job = _Job(n, table, kind, rows, columns, noisy, names, watch, alone, noise)
-                try:
-                    return self._run(job, out, progress) if noise is None else self._run_by_row(job, out, progress)
-                except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
-                    if size == 1 or not _is_out_of_memory(e):
-                        raise
-                # Here, where the error holds on to nothing any more.
-                self._room = size * (2 if guided else 1) // 2
-                self._drop(0)
-                warnings.warn(f"out of memory with {size} images at a time; going on with {size // 2}", stacklevel=3)
+                return self._run(job, out, progress) if noise is None else self._run_by_row(job, out, progress)
+
+            return self._with_room(run, guided, n, mixed=guided and not all(rows))
 
     def _bar(self, steps: int, progress: bool | Bar) -> Any:
         if callable(progress):

@@ -180,12 +180,15 @@ def test_other_channels_are_no_pictures(tmp_path):
         ("x-%s.tar", "is no name of tars"),
         ("x-%.tar", "is no name of tars"),
         ("x-%%d.tar", "is no name of tars"),
+        ("x-%0999999999d.tar", "is no name of tars"),
+        ("dangling", "dangling is there already"),
     ],
 )
 def test_a_target_that_cannot_be_is_one_line(made, tmp_path, name, text):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "mine.txt").write_text("keep me")
     (tmp_path / "file").write_text("keep me")
+    (tmp_path / "dangling").symlink_to("nowhere")
     before = entries(tmp_path)
     with pytest.raises(RunError, match=text) as caught:
         collect(made[0], tmp_path / name)
@@ -253,8 +256,9 @@ def test_a_full_disk_leaves_the_target_as_it_was(made, tmp_path, name, monkeypat
 
     monkeypatch.setattr(os, "fsync", full)
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as caught:
         collect(made[0], tmp_path / name)
+    assert caught.value.filename in (str(tmp_path / name), str(tmp_path / "x_labels.npy"))
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     assert not (tmp_path / "pngs").exists()
 

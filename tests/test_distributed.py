@@ -123,6 +123,16 @@ def test_a_rank_has_the_gpu_of_its_number(monkeypatch, asked, found, device):
     assert own_device(asked, 3) == device
 
 
+def test_a_rank_that_is_shown_one_gpu_takes_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert own_device(None, 3) == "cuda:3"  # which is refused: there is none
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert own_device(None, 3) == own_device("cuda", 3) == "cuda:0"
+    assert own_device("cuda:2", 3) == "cuda:2" and own_device("cpu", 3) == "cpu"
+
+
 def talk():
     """What ranks find out from each other, as JSON."""
     with join() as group:

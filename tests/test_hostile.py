@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import fastdiff
-from fastdiff import Checkpoint, CheckpointError, Schedule, UNetConfig, checkpoint, data
+from fastdiff import Checkpoint, CheckpointError, Schedule, UNetConfig, checkpoint, data, files, runs
 from fastdiff.classifier import Classifier, load_classifier
 from fastdiff.data import DataError, Dataset
 from fastdiff.unet2d import UNet2DConfig
@@ -179,7 +179,7 @@ def test_a_checkpoint_takes_a_small_multiple_of_its_file(path):
 
 
 def test_the_costliest_header_stays_within_the_promise(path):
-    half = checkpoint.MAX_VALUES // 2 - 100
+    half = files.MAX_VALUES // 2 - 100
     about = "{" + ",".join(f'"{i:x}":1.5' for i in range(half)) + "}"
     refuse_checkpoint(path, in_metadata(about), "no fastdiff checkpoint", memory=512 * MIB)
 
@@ -654,6 +654,37 @@ def test_names_of_classes():
         with pytest.raises(DataError, match=match):
             Dataset(part.images, part.labels, ("cat", "dog", name))
     Dataset(part.images, part.labels, ("", "Käse, 猫 \u200d", "x" * 200))
+
+
+def manifest_with(filling, size=runs.MAX_MANIFEST):
+    head, end = b'{"fastdiff_run": 1, "x": [', b"0]}"
+    return head + filling * ((size - len(head) - len(end)) // len(filling)) + end
+
+
+@pytest.mark.parametrize("filling", [b"[],", b"{},", b'"a",', b"1.5,", b"[[],[]],", b'{"a":0},'], ids=bytes.decode)
+def test_a_manifest_of_many_values(tmp_path, filling):
+    path = tmp_path / runs.MANIFEST
+    path.write_bytes(manifest_with(filling))
+    refused(lambda: runs.read_manifest(path), "values of JSON, and at most 800000 are read", memory=128 * MIB, kind=runs.RunError)
+
+
+def test_the_costliest_manifest_stays_within_the_promise(tmp_path):
+    path = tmp_path / runs.MANIFEST
+    path.write_bytes(manifest_with(b"{},", int(1.4 * runs.MAX_VALUES)))
+    refused(lambda: runs.read_manifest(path), "KeyError", memory=512 * MIB, kind=runs.RunError)
+    path.write_bytes(b"[" * MIB)
+    refused(lambda: runs.read_manifest(path), "more than 32 levels|values of JSON", memory=512 * MIB, kind=runs.RunError)
+
+
+@pytest.mark.parametrize(
+    "filling", [b"\n", b"[[],[]],", b'{"shard": 1}\n', b'{"shard": 0, "sha256": "' + b"a" * 64 + b'"}\n', b'{"shard": '], ids=range(5)
+)
+def test_a_journal_of_nothing(tmp_path, filling):
+    path = tmp_path / ".journal-0.jsonl"
+    path.write_bytes(filling * (runs.MAX_MANIFEST // len(filling)))
+    with within(128 * MIB):
+        found = runs._read_journal(runs.Plan(0, 4, 2, (8, 8, 3)), path)
+    assert found == ({0: "a" * 64} if b"aa" in filling else {})
 
 
 def test_a_pipelines_folder_is_never_unpickled(tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -66,6 +67,42 @@ def test_a_rate_that_halves_is_believed_once_the_window_is_past(clock, capsys):
         assert line["images_per_s"] == pytest.approx(25, rel=0.05)
     # One rate for all of the run, as tqdm has it, would be wrong by more for long.
     assert any(abs((total - line["images"]) / (line["images"] / (now - 1000)) / (end - now) - 1) > 0.25 for now, line in past)
+
+
+def test_lines_come_while_nothing_is_made(capsys, monkeypatch):
+    """As while a rank waits for the others."""
+    monkeypatch.setattr("fastdiff.progress.TELL_S", 0.01)
+    with Progress(10, as_json=True, every=0.05):
+        time.sleep(1)
+    said = lines(capsys)
+    assert len(said) >= 3 and all(line["images"] == 0 for line in said)
+    before = {thread.name for thread in threading.enumerate()}
+    assert "fastdiff-progress" not in before
+
+
+def test_others_that_end_meanwhile_are_found_out_by_who_works(monkeypatch):
+    monkeypatch.setattr("fastdiff.progress.TELL_S", 0.01)
+
+    class Gone(Group):
+        def add(self, name, number):
+            raise ConnectionError("another process of this job has ended")
+
+    with contextlib.suppress(ConnectionError), Progress(10, as_json=True, every=0.02, group=Gone(0, 2)) as progress:
+        time.sleep(0.3)
+        assert not progress.teller.is_alive()
+        with pytest.raises(ConnectionError):
+            progress.move(1, complete=True)
+
+
+def test_what_is_taken_back_leaves_no_rate_below_nothing(clock):
+    with Progress(1000, as_json=True, clock=clock) as progress:
+        clock.now += 1
+        with contextlib.suppress(KeyboardInterrupt), progress.part(10)(3) as part:
+            for _ in range(2):
+                part.update()
+            raise KeyboardInterrupt
+        progress.partial -= 1e-9
+        assert progress.rate() == 0 and progress.eta() is None
 
 
 def test_what_was_there_before_is_no_part_of_the_rate(clock):

@@ -842,6 +842,59 @@ def test_a_checkpoint_that_has_been_replaced_is_refused(net, tmp_path, capsys):
     assert run([*flags, "--checkpoint", str(tmp_path / "moved.safetensors")]) == 0
 
 
+@pytest.mark.parametrize(("name", "text"), [("x.jpg", "is neither .npz, .npy nor .tar"), ("no/x.npz", "there is no folder")])
+def test_a_name_to_collect_into_that_will_not_do_is_said_before_anything_is_made(calm, tmp_path, capsys, name, text):
+    out = tmp_path / "run"
+    assert run([*calm[0], "--out", str(out), "--collect", str(tmp_path / name)]) == 2
+    assert text in capsys.readouterr().err and not list(out.glob("shard-*"))
+
+
+def test_a_lock_that_is_a_link_or_no_file_is_refused(calm, tmp_path, capsys):
+    out, other = tmp_path / "run", tmp_path / "precious"
+    out.mkdir()
+    other.write_text("precious")
+    (out / ".lock").symlink_to(other)
+    assert run([*calm[0], "--out", str(out)]) == 2
+    assert f"{out / '.lock'}: a symbolic link, where the run's lock is to be; remove it" in capsys.readouterr().err
+    assert other.read_text() == "precious"
+    (out / ".lock").unlink()
+    os.mkfifo(out / ".lock")
+    assert run([*calm[0], "--out", str(out)]) == 2
+    assert f"{out / '.lock'}: not a regular file" in capsys.readouterr().err
+
+
+def test_a_journal_that_is_no_file_is_not_waited_for(finished, capsys):
+    flags, folder = finished
+    journal = folder / ".journal-5.jsonl"
+    os.mkfifo(journal)
+    try:
+        for call in ([*flags], ["--out", str(folder), "--verify"], ["--out", str(folder), "--collect", str(folder.parent / "x.npz")]):
+            assert run(call) == 2
+            assert f"{journal}: not a regular file" in capsys.readouterr().err
+    finally:
+        journal.unlink()
+
+
+def test_records_of_a_journal(tmp_path):
+    plan, path, digest = Plan.of(config()), tmp_path / ".journal-0.jsonl", "ab" * 32
+    record = json.dumps({"shard": 2, "sha256": digest})
+    for text, found in (
+        (record, {2: digest}),
+        (f"{record}\n" * 3 + json.dumps({"shard": 0, "sha256": digest}), {2: digest, 0: digest}),
+        (f"x\n{record}\n", {2: digest}),
+        (f"{record[:-1]}\n{record}\n", {2: digest}),
+        (record[:-1], {}),
+        (f"{record} ", {}),
+        (json.dumps({"shard": plan.count, "sha256": digest}), {}),
+        (json.dumps({"shard": -1, "sha256": digest}), {}),
+        (json.dumps({"shard": 2, "sha256": digest.upper()}), {}),
+        (f"[{record}]", {}),
+        ("", {}),
+    ):
+        path.write_text(text)
+        assert runs._read_journal(plan, path) == found, text
+
+
 def test_a_plain_command_does_not_write_into_a_run(finished, capsys):
     flags, folder = finished
     before = contents(folder)
@@ -873,6 +926,25 @@ def test_out_of_memory_in_the_middle_halves_the_micro_batch_and_nothing_else(cal
     with pytest.warns(UserWarning, match="out of memory with 4 images at a time; going on with 2"):
         assert sample.main([*flags, "--out", str(tmp_path / "run")]) == 0
     assert calls[:6] == [4] * 6 and set(calls[6:]) == {2}
+    assert contents(tmp_path / "run") == wanted
+
+
+def test_out_of_memory_before_the_first_shard_halves_the_micro_batch_and_nothing_else(calm, tmp_path, monkeypatch):
+    """While the first buffers and graphs are made, where a size that is too large is mostly found out."""
+    flags, wanted = calm
+    real, sizes = Loop.__init__, []
+
+    def init(self, engine):
+        sizes.append(engine.kind.size)
+        if sizes[-1] > 1:
+            raise torch.OutOfMemoryError("no room")
+        real(self, engine)
+
+    monkeypatch.setattr(Loop, "__init__", init)
+    with pytest.warns(UserWarning, match="out of memory with") as said:
+        assert sample.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    assert [str(warning.message)[19:] for warning in said] == ["4 images at a time; going on with 2", "2 images at a time; going on with 1"]
+    assert sizes[:3] == [4, 2, 1] and set(sizes[2:]) == {1}
     assert contents(tmp_path / "run") == wanted
 
 
@@ -923,7 +995,24 @@ def test_shards_and_micro_batches_of_any_size_have_the_same_pixels(net, tmp_path
         assert runs.verify(tmp_path / "run").sha256 == hashlib.sha256(arrays["images"].tobytes()).hexdigest()
 
 
+def test_the_picture_of_many_classes_is_of_images_in_turn():
+    """A row for each of a thousand would take gigabytes."""
+    images, labels = np.arange(500, dtype=np.uint8).reshape(-1, 1, 1, 1), np.arange(500) % 100
+    assert np.array_equal(sample.picture(images, labels, sample.GRID_CLASSES + 1), images[:200])
+    few = sample.picture(images, labels % sample.GRID_CLASSES, sample.GRID_CLASSES)
+    assert len(few) == 20 * sample.GRID_CLASSES and np.array_equal(few[:20], images[: 20 * 20 : 20])
+
+
 # Several processes.
+
+
+def test_one_of_several_processes_looks_at_a_run(finished, tmp_path):
+    _, folder = finished
+    process = torchrun("--out", str(folder), "--verify", "--collect", str(tmp_path / "pngs"), cwd=tmp_path, world=2)
+    stdout, stderr = process.communicate(timeout=100)
+    assert process.returncode == 0, stderr
+    assert stdout.count("all 20 shards are there and right") == stdout.count("images in") == 1
+    assert len(list((tmp_path / "pngs").rglob("*.png"))) == 60
 
 
 @pytest.mark.parametrize("world", [2, 4])
