@@ -12,7 +12,6 @@ pixels alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -207,6 +206,17 @@ class FusedResBlock(nn.Module):
         return self.native(x, beside, style)
 
 
+def known(model: nn.Module) -> bool:
+    """Whether it is one of fastdiff's own networks, and as that was made. Of any other a copy might lose what its Python says: hooks, attributes that
+    change, modules of one's own."""
+    own = (unet.__name__, unet2d.__name__, "torch.nn.modules.")
+    return (
+        type(model) in (unet.UNet, unet2d.UNet2D)
+        and not unet2d.touched(model)
+        and all(type(m).__module__.startswith(own) for m in model.modules())
+    )
+
+
 def faster(model: nn.Module) -> nn.Module:
     """The model, in eval mode, with its fitting convolutions replaced, and the norms and blocks of fastdiff's own networks; its parameters and buffers
     are the given one's own. The model itself where there is nothing to replace."""
@@ -243,25 +253,3 @@ def pack(model: nn.Module) -> None:
     for module in reversed([*model.modules()]):  # what a module has before itself
         if isinstance(module, (WinogradConv2d, StridedConv2d, FusedResBlock)):
             module.pack()
-
-
-def stamp(weights: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
-    """Another where a weight on a CPU is another, or has other bits: also those that `.data` has changed, as averages of weights often do, which
-    torch's own count of changes does not see. One pass over the weights, as an evaluation makes several."""
-    dense = [
-        w.detach() if w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last) else w.detach().contiguous() for w in weights
-    ]
-    numbers = native.stamps(dense) if native.available() else [_number(w) for w in dense]
-    return tuple((w.data_ptr(), number) for w, number in zip(weights, numbers, strict=True))
-
-
-def _number(x: Tensor) -> int:
-    """Of a tensor's bits, and, by weights that are odd, of their places; modulo 2^64."""
-    bits = _bits(x).flatten().to(torch.int64)
-    return int((bits * (2 * torch.arange(bits.numel()) + 1)).sum())
-
-
-def _bits(x: Tensor) -> Tensor:
-    """The numbers as whole numbers of the same bits."""
-    x = torch.view_as_real(x) if x.is_complex() else x
-    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize])

@@ -7,13 +7,14 @@ where a skip needs it. Weights are packed once; scales and shifts are looked up 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import ops, reference
+from . import native, ops, reference
 from .unet import ResBlock, UNet
 
 EPS = 1e-5
@@ -140,7 +141,7 @@ class FusedUNet(nn.Module):
     blocks convolve is e4m3, by scales that `calibrate` finds; skips, and the other convolutions, keep the dtype. ValueError for other networks.
     """
 
-    indexed = True
+    hoisted = indexed = True
 
     def __init__(self, model: UNet, fp8: bool = False) -> None:
         super().__init__()
@@ -151,6 +152,7 @@ class FusedUNet(nn.Module):
         self._model = [model]  # a list, so that its parameters are not this module's
         self.fp8, self.config = fp8, model.config
         self._stamp: Any = None
+        self._kept: list[Tensor] = []
         self.stages = nn.ModuleList(_stages(model, fp8))
         self.pack()
 
@@ -159,12 +161,20 @@ class FusedUNet(nn.Module):
         return self._model[0]
 
     def pack(self) -> None:
-        """Take up the UNet's weights, if they have changed."""
-        stamp = tuple((p.data_ptr(), -1 if p.is_inference() else p._version) for p in self.model.parameters())
-        if stamp != self._stamp:
+        """Take up the UNet's weights, if they have changed, also where `.data` has been written to, of which torch keeps no count."""
+        if self._changed([p.detach() for p in self.model.parameters()]):
             for convolution in self.convolutions():
                 convolution.pack()
-            self._stamp = stamp
+
+    def _changed(self, weights: list[Tensor]) -> bool:
+        if all(w.device.type == "cpu" for w in weights):
+            before, self._stamp = self._stamp, native.stamp(weights)
+            return bool(before != self._stamp)
+        places = [(w.device, w.dtype, w.shape) for w in weights]
+        if places == [(w.device, w.dtype, w.shape) for w in self._kept] and not differ(weights, self._kept):
+            return False
+        self._kept = [w.clone() for w in weights]
+        return True
 
     def convolutions(self) -> list[Convolution]:
         """In the order of their launches."""
@@ -192,6 +202,12 @@ class FusedUNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.body(x, self.condition(t, labels))
+
+
+def differ(one: list[Tensor], two: list[Tensor]) -> bool:
+    """Whether any number of the one list is not that of the other, or no number. One wait for the device."""
+    off = torch._foreach_norm(torch._foreach_sub(one, two), ord=math.inf)
+    return bool(torch.stack([v.float() for v in off]).amax() != 0)
 
 
 class Resize(nn.Module):

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import cpu, ops, rewrite
+from . import cpu, native, ops, rewrite
 from .fused import FusedUNet
 from .noise import counter
 from .reference import COLUMNS, SLOTS
 from .solvers import Table
 from .unet import UNet
-from .unet2d import UNet2D, adopted
+from .unet2d import UNet2D, adopted, touched
 
 # Rows in one CUDA graph. A replay costs the host some microseconds, so a sixteenth of that a row; the rest of a loop is replayed row by row.
 CHUNK = 16
@@ -64,13 +64,13 @@ class Kind(NamedTuple):
     capacity: int
     painted: bool = False
     threshold: float | None = None
-    guide: Guide | None = None
+    guide: bool = False
     given: bool = False
 
 
 class Network:
-    """A model as the loop calls it. Where it has `condition(t, labels)` and `body(x, condition)`, the first is a table made once for all rows; where it
-    says that it is `indexed`, `body(x, conditions, which)` looks the table up itself."""
+    """A model as the loop calls it. Where it says that it is `hoisted`, it is `body(x, condition(t, labels))`, and the latter is a table made once for
+    all rows; where it says that it is `indexed`, `body(x, conditions, which)` looks the table up itself."""
 
     def __init__(self, model: nn.Module, num_classes: int | None, compiler: Callable[[Any], Callable[..., Any]] | None) -> None:
         self.given, self.num_classes, self.compiler = model, num_classes, compiler
@@ -81,31 +81,43 @@ class Network:
 
     def _build(self) -> None:
         accelerated = rewrite.accelerated(self.given)
-        self.model = model = self.given if accelerated else cpu.faster(adopted(self.given, self.num_classes))
-        parts: tuple[Any, Any] = getattr(model, "condition", None), getattr(model, "body", None)
+        model = self.given if accelerated else adopted(self.given, self.num_classes)
+        self.model = model = cpu.faster(model) if cpu.known(model) else model
+        self.touched = touched(self.given)
+        self.places = self._places()
         # An accelerated module is so as a whole, when it is called.
-        self.hoisted = callable(parts[0]) and callable(parts[1]) and not accelerated
+        self.hoisted = getattr(model, "hoisted", False) is True and not accelerated
         self.indexed = getattr(model, "indexed", False)
         self.shared = cpu.shared(model)
-        call = parts[1] if self.hoisted else model
+        call: Any = model.body if self.hoisted else model
         self.call: Callable[..., Any] = self.compiler(call) if self.compiler else call
 
     def refresh(self) -> None:
         """Take up weights that have changed since: in place, or, on a CPU, where nothing is compiled, others in their stead."""
-        source = self.given
-        if isinstance(source, FusedUNet):
-            source.pack()
-            source = source.model
-        weights = [*source.parameters(), *source.buffers()]
+        if isinstance(self.given, FusedUNet):
+            self.given.pack()
+        weights = self._weights()
         if not all(w.device.type == "cpu" for w in weights):
             return
-        stamp = cpu.stamp(weights)
-        if stamp == self.stamp:
+        stamp, hooked = native.stamp(weights), touched(self.given)
+        if stamp == self.stamp and hooked == self.touched:
             return
-        if self.weights and self.model is not self.given and not self.compiler and list(map(id, weights)) != list(map(id, self.weights)):
+        others = list(map(id, weights)) != list(map(id, self.weights)) or hooked != self.touched
+        if self.weights and self.model is not self.given and not self.compiler and others:
             self._build()
         cpu.pack(self.model)
         self.weights, self.stamp = weights, stamp
+
+    def _weights(self) -> list[Tensor]:
+        source = self.given.model if isinstance(self.given, FusedUNet) else self.given
+        return [*source.parameters(), *source.buffers()]
+
+    def _places(self) -> list[int]:
+        return [w.data_ptr() for w in self._weights()]
+
+    def moved(self) -> bool:
+        """Whether weights lie elsewhere than when this was made, where a CUDA graph of it would not find them."""
+        return self._places() != self.places
 
     def answer(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Any:
         """What the model says as it is, not compiled."""
@@ -139,7 +151,9 @@ class Engine:
         self, network: Network, kind: Kind, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, capture: bool
     ) -> None:
         self.network, self.kind, self.shape, self.device, self.dtype = network, kind, shape, device, dtype
-        self.capture = capture and kind.guide is None
+        self.capture = capture and not kind.guide
+        self.guide: Guide | None = None  # as long as a call lasts
+        self.answered: tuple[list[int], list[int]] | None = None  # what shape the network has made of which
         self.table = torch.zeros(kind.capacity, len(COLUMNS), device=device)
         self.predicted = torch.zeros(kind.capacity, 2, device=device)  # px and pm, where the update is given x0 itself
         self.timesteps = torch.zeros(kind.capacity, device=device, dtype=torch.float32 if kind.fractional else torch.int64)
@@ -158,7 +172,7 @@ class Engine:
         """Take up a table: its values go into the buffers that a captured step reads."""
         self.network.refresh()
         n, given = len(table), table
-        if self.kind.guide is not None or self.kind.threshold is not None:
+        if self.kind.guide or self.kind.threshold is not None:
             given = table.given_x0()
         rows, t = given.tensors(self.device)
         self.table[:n].copy_(rows)
@@ -171,6 +185,14 @@ class Engine:
             if type(self.network.model) in (UNet, UNet2D, FusedUNet):  # of others, what else it depends on is not known
                 self.conditioned = stamp, t
         self.learned, self.start, self.scale = table.learned, table.start, table.scale
+        if self.learned and self.answered is not None and self.answered[0] == self.answered[1]:  # a graph would not look at it again
+            raise unlearned(*self.answered)
+
+    def close(self) -> None:
+        """Let go of the loops, which would else wait, memory and graphs and all, for the garbage collector: they know their engine."""
+        for loop in self.loops:
+            loop.graphs.clear()
+        self.loops.clear()
 
     def grow(self, loops: int) -> None:
         while len(self.loops) < loops:
@@ -287,18 +309,20 @@ class Loop:
         engine, kind = self.engine, self.engine.kind
         n = 2 * self.size if guided else self.size
         x, labels = self.model_input[:n], self.labels[:n]
-        if engine.conditions is not None and engine.network.indexed:
-            m = engine.network.call(x, engine.conditions.flatten(0, 1), self.row * engine.conditions.shape[1] + labels)
-        elif engine.conditions is not None:
-            m = engine.network.call(x, engine.conditions[self.row, labels])
-        elif engine.network.hoisted:
-            t = engine.timesteps[self.row].expand(n)
-            m = engine.network.call(x, engine.network.condition(t, labels if self.labelled else None))
-        else:
-            t = engine.timesteps[self.row].expand(n)
-            m = engine.network.call(x, t, labels) if self.labelled else engine.network.call(x, t)
+        try:
+            m = self._ask(x, labels)
+        except IndexError as e:
+            if not self.labelled or "out of range" not in str(e):
+                raise
+            null = engine.network.num_classes
+            raise ValueError(f"the network has no class {null}, the null class, which guidance and images without labels ask for") from e
+        except RuntimeError as e:
+            if engine.dtype == torch.float32 or not ("same dtype" in str(e) or "should be the same" in str(e)):
+                raise
+            short = str(engine.dtype).removeprefix("torch.")
+            raise ValueError(f"the network does not work in {short} ({str(e).splitlines()[0]}); give dtype=torch.float32") from e
         m = self._checked(m, x)
-        if kind.guide is not None or kind.threshold is not None:
+        if kind.guide or kind.threshold is not None:
             m = self._reshaped(m, guided)
         ops.straight(
             ops.solver_step, self.x, self.x0, m, self.model_input, self.history, engine.table, self.row, self.seeds, self.ids, self.guidance, self.z
@@ -307,18 +331,34 @@ class Loop:
             self._paint()
         self.row.add_(1)
 
+    def _ask(self, x: Tensor, labels: Tensor) -> Any:
+        """What the network says in the row that the counter names."""
+        engine = self.engine
+        if engine.conditions is not None and engine.network.indexed:
+            return engine.network.call(x, engine.conditions.flatten(0, 1), self.row * engine.conditions.shape[1] + labels)
+        if engine.conditions is not None:
+            return engine.network.call(x, engine.conditions[self.row, labels])
+        t = engine.timesteps[self.row].expand(len(x))
+        if engine.network.hoisted:
+            return engine.network.call(x, engine.network.condition(t, labels if self.labelled else None))
+        return engine.network.call(x, t, labels) if self.labelled else engine.network.call(x, t)
+
     def _checked(self, m: Any, x: Tensor) -> Tensor:
         """The network's answer as a tensor of x's shape, or of twice its channels."""
         m = answered(m)
         if not isinstance(m, Tensor):
             raise ValueError(f"the network returned {type(m).__name__}; it must return a tensor, or something with a tensor in .sample")
         twice = (x.shape[0], 2 * x.shape[1], *x.shape[2:])
-        if m.shape not in (x.shape, twice) or (self.engine.learned and m.shape != twice):
-            wanted = f"{list(twice)}, since the variance is learned" if self.engine.learned else "the same shape"
-            raise ValueError(f"the network made {list(m.shape)} of {list(x.shape)}; it must make {wanted}")
+        if self.engine.learned and m.shape != twice:
+            raise unlearned([*m.shape], [*x.shape])
+        if m.shape not in (x.shape, twice):
+            raise ValueError(f"the network made {list(m.shape)} of {list(x.shape)}; it must make the same shape")
+        if not m.is_floating_point():
+            raise ValueError(f"the network returned {str(m.dtype).removeprefix('torch.')}; it must return floating-point numbers")
         if m.device != x.device:
             raise ValueError(f"the network answered on {m.device} what it was asked on {x.device}; it must stay on one device")
-        return m.contiguous()
+        self.engine.answered = [*m.shape], [*x.shape]
+        return (m.float() if m.dtype == torch.float64 else m).contiguous()
 
     def _reshaped(self, m: Tensor, guided: bool) -> Tensor:
         """x0 of the network's answer, guided, then thresholded and as the user's function has it. v of a learned variance stays as it is."""
@@ -330,11 +370,11 @@ class Loop:
         # Indexed by a tensor of one dimension: one of none would be read back.
         px, pm = engine.predicted[self.row][0].unbind(0)
         raw = x0 = px * self.x + pm * answer
-        if kind.guide is not None:
+        if engine.guide is not None:
             alpha, sigma = engine.levels[self.row][0].unbind(0)
             t = engine.timesteps[self.row][0]
             labels = self.labels[:size] if self.labelled else None
-            x0 = kind.guide(State(self.x, x0, t, alpha, sigma, labels, self.seeds, self.ids))
+            x0 = engine.guide(State(self.x, x0, t, alpha, sigma, labels, self.seeds, self.ids))
             if not isinstance(x0, Tensor) or x0.shape != self.x.shape:
                 raise ValueError(f"the guidance function must return x0, {list(self.x.shape)}")
             x0 = x0.detach().float()
@@ -387,6 +427,11 @@ class Loop:
                 return
             self.pool = self.pool or graph.pool()
             self.graphs[guided, many] = graph
+
+
+def unlearned(made: list[int], x: list[int]) -> ValueError:
+    wanted = [x[0], 2 * x[1], *x[2:]]
+    return ValueError(f"the network made {made} of {x}; it must make {wanted}, since the variance is learned")
 
 
 def answered(m: Any) -> Any:

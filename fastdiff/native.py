@@ -384,6 +384,28 @@ def stamps(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple(made)
 
 
+def stamp(weights: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+    """Another where a weight on a CPU is another, or has other bits: also those that `.data` has changed, as averages of weights often do, which
+    torch's own count of changes does not see. One pass over the weights, as an evaluation makes several."""
+    dense = [
+        w.detach() if w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last) else w.detach().contiguous() for w in weights
+    ]
+    numbers = stamps(dense) if available() else [_number(w) for w in dense]
+    return tuple((w.data_ptr(), number) for w, number in zip(weights, numbers, strict=True))
+
+
+def _number(x: Tensor) -> int:
+    """Of a tensor's bits, and, by weights that are odd, of their places; modulo 2^64."""
+    bits = _bits(x).flatten().to(torch.int64)
+    return int((bits * (2 * torch.arange(bits.numel()) + 1)).sum())
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The numbers as whole numbers of the same bits."""
+    x = torch.view_as_real(x) if x.is_complex() else x
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize])
+
+
 def _scratch_numel(part: int, height: int, width: int, channels: int) -> int:
     """What C wants room for: see `fastdiff_block`."""
     pixels = height * width

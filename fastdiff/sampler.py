@@ -48,6 +48,7 @@ COMPILED_ROWS = 32
 CALIBRATED = 64
 # Kinds of loops that are kept. Each holds its buffers, and on CUDA its graphs; the least recently used goes.
 KEPT = 4
+MAX_ROWS = 1 << 20  # of a micro-batch
 
 Callback = Callable[[int, Tensor], None]
 # After a row: row, first image, the one after the last, and the loop that they are in.
@@ -82,6 +83,7 @@ class _Job(NamedTuple):
     watch: Watch | None
     alone: bool
     noise: Noise | None
+    guide: Guide | None
 
 
 class Sampler:
@@ -125,6 +127,17 @@ class Sampler:
         threshold: float | None = None,
         **options: Any,
     ) -> None:
+        if not isinstance(model, nn.Module) or not isinstance(schedule, Schedule):
+            raise ValueError(
+                f"a Sampler takes a torch.nn.Module and a fastdiff.Schedule, not {type(model).__name__} and {type(schedule).__name__}"
+            )
+        if num_classes is not None and (not whole(num_classes) or int(num_classes) < 1):
+            raise ValueError(f"num_classes is {num_classes!r}; give a whole number of at least 1, or None")
+        if isinstance(shape, str) or not isinstance(shape, Iterable) or not all(whole(side) and int(side) > 0 for side in shape):
+            raise ValueError(f"shape is {shape!r}; give that of an image, such as (3, 16, 16)")
+        if misplaced := {"strength", "invert"} & options.keys():
+            what = {"strength": "a call's, with x_start", "invert": "encode's"}
+            raise ValueError("; ".join(f"{name} is {what[name]}, not the sampler's" for name in sorted(misplaced)))
         own = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
         self.device = pick_device(own.device if device is None else device)
         self.fp8 = dtype == "fp8"
@@ -133,8 +146,8 @@ class Sampler:
         if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f'dtype is {dtype!r}; give torch.float32, torch.bfloat16, torch.float16 or "fp8"')
         self.dtype = dtype
-        if micro_batch != "auto" and (not whole(micro_batch) or int(micro_batch) < 1):
-            raise ValueError(f'micro_batch is {micro_batch!r}; give a whole number of at least 1, or "auto"')
+        if micro_batch != "auto" and (not whole(micro_batch) or not 1 <= int(micro_batch) <= MAX_ROWS):
+            raise ValueError(f'micro_batch is {micro_batch!r}; give a whole number from 1 to {MAX_ROWS}, or "auto"')
         if compile not in (True, False, "auto", "fused"):
             raise ValueError(f'compile is {compile!r}; give True, False, "fused" or "auto"')
         if self.fp8:
@@ -160,7 +173,8 @@ class Sampler:
         self._engines: collections.OrderedDict[Kind, Engine] = collections.OrderedDict()
         self._same: dict[int, bool] = {}  # of numbers of rows, whether they give the same bits
         self._room = sys.maxsize  # rows of a network call that there is memory for
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        self._inside: set[int] = set()  # threads that work on a call
 
     @property
     def steps(self) -> int:
@@ -233,7 +247,7 @@ class Sampler:
         """Whether a network call of so many rows gives the bits of one of the most, by trying: for another shape a library may sum in another order."""
         while (most := self._most()) not in self._same or (rows < most and rows not in self._same):
             x = noise.normal(0, range(most), 0, self.shape, stream="draw").to(self.dtype)
-            labels = None if self.num_classes is None else torch.arange(most) % (self.num_classes + 1)
+            labels = None if self.num_classes is None else torch.arange(most) % self.num_classes  # there may be no null class
             t, network = self.table.tensors("cpu")[1][:1], self._take_network()
 
             def call(
@@ -258,9 +272,20 @@ class Sampler:
     @contextlib.contextmanager
     def _working(self) -> Iterator[None]:
         """One call at a time; without gradients, but with tensors that can be written to after the caller's inference mode; on a CPU on one core."""
+        if threading.get_ident() in self._inside:
+            raise ValueError("this Sampler is in the middle of a call; what it calls itself, a callback, say, needs a Sampler of its own")
         place = _one_thread() if self.device.type == "cpu" else contextlib.nullcontext()
-        with self._lock, torch.inference_mode(False), torch.no_grad(), place:
+        with self._lock, self._within(), torch.inference_mode(False), torch.no_grad(), place:
             yield
+
+    @contextlib.contextmanager
+    def _within(self) -> Iterator[None]:
+        """This thread works on a call."""
+        self._inside.add(threading.get_ident())
+        try:
+            yield
+        finally:
+            self._inside.discard(threading.get_ident())
 
     def warmup(self, guided: bool = False, workers: int = 1, n: int | None = None) -> float:
         """Build what the first call would: buffers, compiled code, CUDA graphs. n: for that many images. Returns the seconds it took."""
@@ -324,7 +349,7 @@ class Sampler:
             for way in ("eager", *(["compiled"] if not accelerated else []), *(["fused"] if own and not accelerated else [])):
                 other = Sampler(
                     self.model, self.schedule, self.shape, num_classes=self.num_classes, device=self.device, dtype=self.dtype,
-                    compile={"eager": False, "compiled": True}.get(way, way), micro_batch=self.measured_rows // (2 if guided else 1),
+                    compile={"eager": False, "compiled": True}.get(way, way), micro_batch=max(self.measured_rows // (2 if guided else 1), 1),
                     **{**self._always, **self._settings()},
                 )  # fmt: skip
                 try:
@@ -366,6 +391,8 @@ class Sampler:
     @property
     def measured_rows(self) -> int:
         """Rows of a network call that `measure` times: images, or twice as many as there are images, with guidance."""
+        if self.micro_batch != "auto":
+            return int(self.micro_batch)
         return COMPILED_ROWS if self.device.type == "cpu" else AUTO_ROWS[self.device.type]
 
     def _key(self) -> str:
@@ -430,7 +457,7 @@ class Sampler:
     ) -> Kind:
         fractional = table.timesteps.dtype.kind == "f"
         capacity = max(64, 1 << (len(table) - 1).bit_length())
-        return Kind(size, guided, table.history, fractional, capacity, painted, threshold, guide, given)
+        return Kind(size, guided, table.history, fractional, capacity, painted, threshold, guide is not None, given)
 
     def _build(self, kind: Kind, table: solvers.Table, guided_rows: Sequence[bool], workers: int) -> Engine:
         """The engine of a kind with the table in it, ready to run."""
@@ -438,6 +465,9 @@ class Sampler:
         room = _room_to_compile(freeze=self.device.type == "cpu") if self.compile else contextlib.nullcontext()
         place = torch.cuda.device(self.device) if self.device.type == "cuda" else _one_thread()
         with BUILDING, torch.no_grad(), _evaluating(self.model), room, place:
+            if self._network is not None and any(engine.capture for engine in self._engines.values()) and self._network.moved():
+                self._network, self._same = None, {}
+                self._drop(0)
             if kind not in self._engines:
                 self._drop(KEPT - 1)
                 self._engines[kind] = Engine(
@@ -464,7 +494,7 @@ class Sampler:
         """Let go of all but the kinds used last, and give their memory back."""
         if len(self._engines) > kept:
             while len(self._engines) > kept:
-                self._engines.popitem(last=False)
+                self._engines.popitem(last=False)[1].close()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -524,6 +554,8 @@ class Sampler:
             raise ValueError("give either x_start, images, or latents, noise")
         if (known is None) != (mask is None):
             raise ValueError("known and mask go together: images, and 1 where they are to be kept")
+        if "invert" in options:
+            raise ValueError("invert is encode's, not a call's")
         table = self._table(solver, steps, strength=strength, **options)
         also = None if _watch is None else _watch(table)
 
@@ -608,8 +640,8 @@ class Sampler:
         """
         if not isinstance(seeds, Sequence) or len(seeds) != 2 or not whole(n) or n < 2:
             raise ValueError("interpolation takes two seeds and at least 2 images")
-        ends = noise.normal(list(seeds), [0, 0], 0, self.shape, stream="start")
-        weights = torch.linspace(0, 1, n)
+        ends = noise.normal(list(seeds), torch.zeros(2, dtype=torch.int64, device=self.device), 0, self.shape, stream="start")
+        weights = torch.linspace(0, 1, n, device=self.device)
         z = noise.slerp(ends[0], ends[1], weights)
         z[0], z[-1] = ends  # to the bit
         return self(n, seeds=[seeds[0]] * n, latents=z, **call)
@@ -665,8 +697,12 @@ class Sampler:
 
             def run(size: int) -> Tensor:
                 kind = self._kind(table, guided, size, "known" in columns, threshold, guide, noise is not None)
-                job = _Job(n, table, kind, rows, columns, noisy, names, watch, alone, noise)
-                return self._run(job, out, progress) if noise is None else self._run_by_row(job, out, progress)
+                job = _Job(n, table, kind, rows, columns, noisy, names, watch, alone, noise, guide)
+                try:
+                    return self._run(job, out, progress) if noise is None else self._run_by_row(job, out, progress)
+                finally:  # what the function holds on to is the caller's
+                    for engine in self._engines.values():
+                        engine.guide = None
 
             return self._with_room(run, guided, n, mixed=guided and not all(rows))
 
@@ -682,16 +718,20 @@ class Sampler:
         starts = range(0, n, size)
         threads = min(_threads(), len(starts)) if self.device.type == "cpu" and not job.alone else 1
         engine = self._build(job.kind, table, job.guided_rows, max(threads, 1))
+        engine.guide = job.guide
         x0 = torch.zeros_like(out)
         history = out.new_zeros(len(engine.loops[0].history), *out.shape)
         scales = [table.scale, *table.column("c_next")]
+        # Whether all numbers are finite, by row and micro-batch: looked at only where some are not in the end, so that nothing waits for the device.
+        well, drawn_well = (torch.ones(len(table), max(len(starts), 1), dtype=torch.bool, device=self.device) for _ in range(2))
 
         rows, drawn = iter(range(len(table))), list[Tensor | None]()
 
         def draw() -> None:
             """The noise of the next row, once all are done with the one before."""
             row = next(rows)
-            z = job.noise(row)  # type: ignore[misc]
+            with self._within():  # on whichever thread it is
+                z = job.noise(row)  # type: ignore[misc]
             if z is not None and (not isinstance(z, Tensor) or z.shape != out.shape):
                 shape = list(z.shape) if isinstance(z, Tensor) else repr(z)
                 raise ValueError(f"noise({row}) is {shape}; it must return a tensor of {list(out.shape)}, or None")
@@ -722,6 +762,8 @@ class Sampler:
             else:
                 loop.z[: stop - start].copy_(z[start:stop])
             loop.advance(guided, 1)
+            place = starts.index(start)
+            drawn_well[row, place], well[row, place] = loop.z.isfinite().all(), loop.x[: stop - start].isfinite().all()
             if job.watch is not None:
                 job.watch(row, start, stop, loop)
             if len(starts) > 1 or row == len(table) - 1:
@@ -738,7 +780,10 @@ class Sampler:
             bar.update()
         finite = out.isfinite().flatten(1).all(1)
         if not finite.all():
-            raise ValueError(f"the network gave numbers that are not finite for {job.names(int(finite.int().argmin()))}")
+            row = int(well.all(1).int().argmin())
+            who = f"noise({row})" if not drawn_well[row].all() else "the network"
+            culprit = job.names(int(finite.int().argmin()))
+            raise ValueError(f"{who} gave numbers that are not finite for {culprit}, first in row {row} (t = {table.timesteps[row]:g})")
         return out
 
     def _run(self, job: _Job, out: Tensor, progress: bool | Bar) -> Tensor:
@@ -746,6 +791,7 @@ class Sampler:
         starts = range(0, n, size)
         threads = min(_threads(), len(starts)) if self.device.type == "cpu" and not job.alone else 1
         engine = self._build(job.kind, job.table, job.guided_rows, max(threads, 1))
+        engine.guide = job.guide
         bar = self._bar(len(starts) * total, progress)
 
         def begin(loop: Loop, start: int) -> int:
@@ -805,6 +851,8 @@ class Sampler:
         if not isinstance(images, Tensor):
             raise ValueError(f"{what} must be a tensor, fp32 [{n}, {', '.join(map(str, self.shape))}]")
         shapes = [(n, *self.shape), (1, *self.shape), self.shape]
+        if name != "mask" and not images.is_floating_point():
+            raise ValueError(f"{what} is {images.dtype}; give floating-point numbers, images in [-1, 1] (pixels of uint8: x / 127.5 - 1)")
         if name == "mask":
             shapes += [(n, 1, *self.shape[1:]), (1, 1, *self.shape[1:]), (1, *self.shape[1:]), self.shape[1:]]
         if tuple(images.shape) not in shapes:
@@ -820,7 +868,7 @@ class Sampler:
         if seeds is None:
             if not whole(seed) or not whole(first):
                 raise ValueError(f"seed is {seed!r} and first is {first!r}; give whole numbers")
-            return column64(seed, n), torch.arange(n) + signed(int(first))
+            return column64(int(seed), n), torch.arange(n) + signed(int(first))
         column = column64(seeds, n)
         if (whole(seeds) and not isinstance(seeds, Tensor)) or column.shape != (n,):
             raise ValueError(f"seeds has shape {list(column.shape)} for {n} images; give one seed per image")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .reference import COLUMNS, SLOTS
-from .schedules import Schedule, karras, whole
+from .schedules import Schedule, karras, number, whole
 
 PREDICTIONS = ("epsilon", "v", "x0", "flow", "edm")
 SPACINGS = ("leading", "trailing", "linspace", "logsnr", "karras")
@@ -577,13 +577,13 @@ def table(
 
     ValueError for an unknown solver, prediction, spacing or option, and for steps outside 1 .. T.
     """
-    if solver not in _SOLVERS:
+    if not isinstance(solver, str) or solver not in _SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; known: {', '.join(_SOLVERS)}{_near(solver, list(_SOLVERS))}")
-    if clip is not None and not clip > 0:
+    if clip is not None and (not (number(clip) or clip == math.inf) or not clip > 0):
         raise ValueError(f"clip is {clip!r}; give a positive number, or None for no clamping of x0")
-    if not 0 < sigma_data < math.inf:
+    if not number(sigma_data) or not 0 < sigma_data < math.inf:
         raise ValueError(f"sigma_data is {sigma_data!r}; give the standard deviation of the data, a positive number")
-    if not 0 < strength <= 1:
+    if not number(strength) or not 0 < strength <= 1:
         raise ValueError(f"strength is {strength!r}; give a number above 0, and at most 1, all of the steps")
     if timesteps is not None:
         if spacing is not None:
@@ -602,6 +602,10 @@ def table(
     takes = list(inspect.signature(_SOLVERS[solver]).parameters)[1:]
     if unknown := [name for name in options if name not in takes]:
         raise ValueError(f"solver {solver!r} does not take {', '.join(unknown)}; it takes {', '.join(takes) or 'no options'}")
+    for name, value in {"denoise": denoise, "invert": invert, **options}.items():
+        kind = bool if name in ("denoise", "invert") else type(inspect.signature(_SOLVERS[solver]).parameters[name].default)
+        if kind is bool and not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}; give True or False")
     grid = Grid((*levels, *ends), schedule)
     if not grid.steps:
         raise ValueError(

@@ -133,6 +133,7 @@ class UNet(nn.Module):
     `condition(t, labels)`, [N, K], so a sampler may compute it once for all rows and call `body(x, condition)`.
     """
 
+    hoisted = True
     norm_silu = staticmethod(norm_silu)
 
     def __init__(self, config: UNetConfig) -> None:

@@ -240,6 +240,7 @@ class UNet2D(nn.Module):
     embeddings. What depends on timestep and class alone is `condition(t, labels)`, [N, K], and the rest `body(x, condition)`.
     """
 
+    hoisted = True
     norm_silu = staticmethod(norm_silu)
 
     def __init__(self, config: UNet2DConfig) -> None:
@@ -341,16 +342,21 @@ class UNet2D(nn.Module):
         return self.body(x, self.condition(t, labels))
 
 
+def touched(model: nn.Module) -> bool:
+    """Whether calling it does something else, or more, than its classes say."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any("forward" in vars(module) or any(getattr(module, name) for name in hooks) for module in model.modules())
+
+
 def adopted(model: nn.Module, num_classes: int | None) -> nn.Module:
     """A UNet2D of the same parameters, if the network is diffusers' UNet2DModel and nothing but that: no class of one's own, hooks, adapters, attention
     processors or modules that have been given another `forward`; and if it has classes where classes are spoken of. Else the network itself."""
     if (type(model).__module__, type(model).__qualname__) != ("diffusers.models.unets.unet_2d", "UNet2DModel"):
         return model
     modules = [*model.modules()]
-    changed = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules)
     processors = {type(m.processor).__name__ for m in modules if hasattr(m, "processor")}
     foreign = any(not type(m).__module__.startswith(("torch.nn.modules.", "diffusers.models.")) for m in modules)
-    if changed or foreign or processors - {"AttnProcessor", "AttnProcessor2_0"}:
+    if touched(model) or foreign or processors - {"AttnProcessor", "AttnProcessor2_0"}:
         return model
     try:
         config = UNet2DConfig.from_config(dict(model.config))  # type: ignore[arg-type]

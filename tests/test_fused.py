@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import math
 import warnings
 from unittest import mock
 
@@ -14,7 +15,7 @@ from helpers import SMALL, small_network
 
 import fastdiff
 from fastdiff import Sampler, Schedule, UNetConfig, fused, ops, reference, sample, tuned, ways
-from fastdiff.fused import FusedUNet
+from fastdiff.fused import FusedUNet, differ
 from fastdiff.unet2d import UNet2D, UNet2DConfig
 
 CONFIGS = {
@@ -249,6 +250,38 @@ def test_a_sampler_warns_of_what_no_kernel_covers():
         sampler(2)  # said once
 
 
+@pytest.mark.parametrize("change", ["data", "in place", "flipped"])
+def test_weights_that_change_are_packed_again(change):
+    """Also those that `.data` writes to, as averages of weights do: of that torch keeps no count."""
+    model = small_network()
+    fused = FusedUNet(model)
+    x, t = torch.randn(2, 3, 8, 8), torch.ones(2)
+    before = fused(x, t)
+    weight = model.down[0].conv1.weight
+    if change == "data":
+        weight.data.mul_(1.5)
+    elif change == "in place":
+        with torch.no_grad():
+            weight.mul_(1.5)
+    else:
+        weight.data.copy_(weight.data.flip(0))
+    fused.pack()
+    after = fused(x, t)
+    assert not torch.equal(after, before) and torch.equal(after, FusedUNet(model)(x, t))
+
+
+def test_differences_of_weights_are_seen_on_a_device_too():
+    """As it is found out there, in few launches and one wait."""
+    one = [torch.randn(3, 4), torch.randn(5), torch.zeros(2, dtype=torch.bfloat16)]
+    assert not differ(one, [w.clone() for w in one])
+    for i in range(3):
+        for value in (1.5, math.nan, math.inf):
+            two = [w.clone() for w in one]
+            two[i].view(-1)[1] = value
+            assert differ(one, two) and differ(two, one)
+    assert differ(one[:1], [one[0].flip(0)])
+
+
 def test_the_shipped_table_decides_what_nobody_has_measured(a_gpu, tmp_path, monkeypatch):
     model = small_network()
     a_gpu()
@@ -264,7 +297,7 @@ def test_the_shipped_table_decides_what_nobody_has_measured(a_gpu, tmp_path, mon
         assert tuned.way("NVIDIA H200", "a") == ("library", {})
         assert tuned.way("NVIDIA B200", "a") == ("kernel", {})
         sampler = Sampler.__new__(Sampler)
-        sampler.model, sampler.device, sampler.dtype = model, torch.device("cuda", 0), torch.bfloat16
+        sampler.model, sampler.device, sampler.dtype, sampler.micro_batch = model, torch.device("cuda", 0), torch.bfloat16, "auto"
         assert sampler._recalled() == "fused"
         sampler.dtype = torch.float16
         assert sampler._recalled() == "compiled"

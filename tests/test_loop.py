@@ -413,7 +413,16 @@ def test_values_do_not_build_a_new_engine(network, built):
     assert len(built) == 1
 
 
-def test_the_engines_used_last_are_kept(network, built):
+@pytest.fixture
+def no_collector():
+    """What is let go of is to go at once: with it goes a GPU's memory."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_the_engines_used_last_are_kept(network, built, no_collector):
     sampler = make(network)
     calls = [{}, {"guidance": 2.0}, {"solver": "unipc"}, {"spacing": "logsnr"}, {"known": some_images(2), "mask": HALF}]
     assert KEPT == 4
@@ -421,7 +430,6 @@ def test_the_engines_used_last_are_kept(network, built):
     def use(*which):
         for i in which:
             sampler(2, labels=1, **calls[i])
-        gc.collect()
         assert sum(engine() is not None for engine in built) <= KEPT
         return len(built)
 
@@ -431,6 +439,52 @@ def test_the_engines_used_last_are_kept(network, built):
     assert use(1) == 6  # in place of 0
     assert use(2, 3, 4) == 6
     assert use(0) == 7
+
+
+def test_memory_of_graphs_is_let_go_of_at_once(network, built, graphs, no_collector):
+    made, _ = graphs
+    sampler = make(network)
+    sampler(2, labels=1)
+    tapes = [weakref.ref(tape) for tape in made]
+    made.clear()
+    sampler._drop(0)
+    assert tapes and not any(engine() for engine in built) and not any(tape() for tape in tapes)
+
+
+@pytest.mark.parametrize("change", ["assign", "data"])
+def test_weights_that_lie_elsewhere_are_captured_anew(graphs, change, monkeypatch):
+    """A graph would read memory that is no longer theirs."""
+    network = small_network()
+    other = {name: 1.5 * value for name, value in network.state_dict().items()}
+    # As on a GPU, where no number of the weights' bits is kept.
+    monkeypatch.setattr(Network, "refresh", lambda self: None)
+    sampler = make(network)
+    first = sampler(2, labels=1)
+    if change == "assign":
+        network.load_state_dict(other, assign=True)
+    else:
+        for name, p in network.named_parameters():
+            p.data = other[name]
+    second = sampler(2, labels=1)
+    assert not torch.equal(first, second) and torch.equal(second, make(network)(2, labels=1))
+
+
+def test_a_variance_that_is_not_there_is_missed_by_a_graph_too(network, graphs):
+    sampler = make(network, solver="ddpm")
+    sampler(2, labels=1)
+    with pytest.raises(ValueError, match=r"it must make \[4, 6, 8, 8\], since the variance is learned"):
+        sampler(2, labels=1, variance="learned")
+    sampler(2, labels=1)
+
+
+def test_guidance_functions_share_an_engine_and_are_let_go_of(network, built):
+    sampler, seen = make(network), []
+    for factor in (0.5, 0.6, 0.7):
+        held = torch.full((1,), factor)
+        seen.append(weakref.ref(held))
+        sampler(2, labels=1, guide=lambda state, held=held: held * state.x0)
+    del held
+    assert len(built) == 1 and not any(ref() is not None for ref in seen)
 
 
 # Conditions made once for all rows

@@ -1,5 +1,6 @@
 """The sampler: the images it makes, that they depend on seed and id alone, what it can start from, and what it refuses."""
 
+import re
 import threading
 import warnings
 from itertools import pairwise
@@ -780,6 +781,173 @@ def warned(sampler, n, **call):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         return sampler(n, **call), [str(w.message) for w in said]
+
+
+class Scaled(nn.Module):
+    """A network of one's own, with a convolution that a CPU would have a faster one for."""
+
+    def __init__(self, channels=64):
+        super().__init__()
+        self.stem, self.conv, self.head = (nn.Conv2d(a, b, 3, padding=1) for a, b in ((3, channels), (channels, channels), (channels, 3)))
+        self.gain = 1.0
+
+    def forward(self, x, t):
+        return self.gain * self.head(self.conv(self.stem(x)))
+
+
+def says_what_it_does(change):
+    """Whether a sampler follows a change of its network that only Python knows of."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Scaled().eval().requires_grad_(False)
+    sampler = make(network, num_classes=None)
+    before = sampler(3)
+    change(network)
+    after = sampler(3)
+    return not torch.equal(before, after) and torch.equal(after, make(network, num_classes=None)(3))
+
+
+def test_what_a_networks_python_says_is_heeded():
+    """Attributes, hooks, locks, and what a module of one's own reads of another's weights."""
+    assert says_what_it_does(lambda network: setattr(network, "gain", 0.5))
+    assert says_what_it_does(lambda network: network.conv.register_forward_hook(lambda module, given, made: 0.5 * made))
+    assert says_what_it_does(lambda network: setattr(network.conv, "forward", lambda x: 0.5 * x))
+    assert says_what_it_does(lambda network: setattr(network, "forward", lambda x, t: 0.5 * x))
+
+    class Odd(Scaled):
+        def __init__(self):
+            super().__init__()
+            self.lock = threading.Lock()
+
+        def forward(self, x, t):
+            return nn.functional.conv2d(super().forward(x, t), self.stem.weight[:3] * 0.1, padding=1).to(self.conv.weight.dtype)
+
+    assert make(Odd().requires_grad_(False), num_classes=None)(2).isfinite().all()
+
+
+def test_hooks_of_fastdiffs_own_networks_are_heeded():
+    network = small_network(config=UNetConfig(channels=(64, 64), blocks=1, middle=1, num_classes=3))
+    sampler = make(network, shape=(3, 16, 16))
+    before = sampler(2, labels=1)
+    handle = network.head.register_forward_hook(lambda module, given, made: 0.5 * made)
+    hooked = sampler(2, labels=1)
+    assert not torch.equal(hooked, before) and torch.equal(hooked, make(network, shape=(3, 16, 16))(2, labels=1))
+    handle.remove()
+    torch.testing.assert_close(sampler(2, labels=1), before, atol=1e-4, rtol=0)
+
+
+def test_names_alone_do_not_make_a_network_one_of_two_parts():
+    """condition and body may mean anything."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.condition, self.body = nn.Embedding(500, 8), Scaled(8)
+
+        def forward(self, x, t):
+            return x - 0.5 * self.body(x, self.condition(t).mean())
+
+    network = Own().requires_grad_(False)
+    assert torch.equal(make(network, num_classes=None)(2), make(Plain(lambda x, t: network(x, t), network), num_classes=None)(2))
+
+
+def test_classes_without_a_null_class():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.label = nn.Embedding(3, 3)
+
+        def forward(self, x, t, labels):
+            return 0.1 * x + self.label(labels)[:, :, None, None]
+
+    for micro_batch in (4, "auto"):
+        sampler = make(Own().requires_grad_(False), micro_batch=micro_batch)
+        assert sampler(2, labels=[1, 2]).isfinite().all()
+        for call in ({"labels": 1, "guidance": 2.0}, {}):
+            with pytest.raises(
+                ValueError, match="the network has no class 3, the null class, which guidance and images without labels ask for"
+            ):
+                sampler(2, **call)
+
+
+def test_a_call_within_a_call_is_refused(network):
+    """Its buffers are in use. A Sampler of its own is none of that."""
+    sampler, other = make(network), make(network)
+    wanted = sampler(6, labels=1)
+    nested = []
+
+    def tries(*_):
+        with pytest.raises(ValueError, match=r"in the middle of a call; .* needs a Sampler of its own"):
+            sampler(1, labels=2)
+        nested.append(other(1, labels=2))
+
+    assert torch.equal(sampler(6, labels=1, callback=tries), wanted)
+    assert torch.equal(sampler(6, labels=1, guide=lambda state: (tries(), state.x0)[1]), sampler(6, labels=1, guide=lambda state: state.x0))
+    assert torch.equal(sampler(6, labels=1, noise=tries), wanted)
+    assert all(torch.equal(image, other(1, labels=2)) for image in nested)
+
+
+def test_noise_that_is_not_finite_is_named_with_its_row(network):
+    sampler = make(network, solver="ddpm")
+    z = torch.zeros(6, *SMALL.shape)
+    with pytest.raises(ValueError, match=r"^noise\(2\) gave numbers that are not finite for sample 4, first in row 2 \(t = "):
+        sampler(6, labels=1, noise=lambda row: z.index_fill(0, torch.tensor(4), torch.nan) if row == 2 else z)
+    broken = plain(lambda x, t: x * (torch.inf if t[0] < 20 else 0.1), solver="ddpm")
+    with pytest.raises(ValueError, match=r"^the network gave numbers that are not finite for sample 0, first in row 3 \(t = 11\)"):
+        broken(6, noise=lambda row: z)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"micro_batch": 1 << 62}, "micro_batch is 4611686018427387904; give a whole number from 1 to 1048576"),
+        ({"num_classes": 2.5}, "num_classes is 2.5; give a whole number of at least 1, or None"),
+        ({"num_classes": True}, "num_classes is True"),
+        ({"num_classes": 0}, "num_classes is 0"),
+        ({"shape": 16}, "shape is 16; give that of an image"),
+        ({"shape": "abc"}, "shape is 'abc'"),
+        ({"shape": (3, 0, 8)}, "shape is "),
+        ({"schedule": None}, "a Sampler takes a torch.nn.Module and a fastdiff.Schedule, not UNet and NoneType"),
+        ({"strength": 0.5}, "strength is a call's, with x_start, not the sampler's"),
+        ({"invert": True}, "invert is encode's, not the sampler's"),
+        ({"clip": "a"}, "clip is 'a'"),
+        ({"sigma_data": "a"}, "sigma_data is 'a'"),
+        ({"solver": ["ddim"]}, "unknown solver"),
+        ({"denoise": "no"}, "denoise is 'no'; give True or False"),
+        ({"clipped_epsilon": "no"}, "clipped_epsilon is 'no'; give True or False"),
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense_are_one_line(network, given, text):
+    with pytest.raises(ValueError, match=re.escape(text)) as caught:
+        make(network, **given)
+    assert "\n" not in str(caught.value)
+
+
+def test_calls_that_make_no_sense_are_one_line(network):
+    sampler = make(network)
+    assert torch.equal(sampler(2, seed=torch.tensor(3), labels=1), sampler(2, seed=3, labels=1))
+    pixels = torch.zeros(2, *SMALL.shape, dtype=torch.uint8)
+    for call, text in (
+        ({"invert": True}, "invert is encode's"),
+        ({"x_start": pixels, "strength": 0.5}, "x_start is torch.uint8; give floating-point numbers, images in [-1, 1]"),
+        ({"known": pixels, "mask": pixels}, "known is torch.uint8"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(text)):
+            sampler(2, labels=1, **call)
+    with pytest.raises(ValueError, match=r"x_start is torch\.uint8"):
+        sampler.encode(pixels, labels=1)
+    with pytest.raises(ValueError, match="the network returned int64; it must return floating-point numbers"):
+        plain(lambda x, t: x.long())(2)
+    double = plain(lambda x, t: 0.1 * x.double())(2)
+    torch.testing.assert_close(double, plain(lambda x, t: 0.1 * x)(2), atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match=r"the network does not work in bfloat16 \(.*\); give dtype=torch.float32"):
+        make(Mixed().requires_grad_(False), num_classes=None, dtype=torch.bfloat16)(2)
+
+
+class Mixed(Scaled):
+    def forward(self, x, t):
+        return self.head(self.stem(x).float())
 
 
 @pytest.mark.parametrize("error", ROOM, ids=lambda e: type(e).__name__)
