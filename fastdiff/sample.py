@@ -81,7 +81,7 @@ def parser() -> cli.Parser:
         help=f"of the network: {', '.join(cli.DTYPES)} (bfloat16 on cuda, float32 on cpu); fp8, for an H100 or newer, is bfloat16 with "
         "coarser residual blocks",
     )
-    p.add_argument("--micro-batch", type=cli.whole(1), metavar="N", help="images worked on at a time (what suits the device)")
+    p.add_argument("--micro-batch", type=cli.whole(1, 1 << 20), metavar="N", help="images worked on at a time (what suits the device)")
     p.add_argument(
         "--compile",
         choices=["auto", "yes", "no", "fused"],
