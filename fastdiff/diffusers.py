@@ -106,13 +106,20 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and bool(a == b)
 
 
+def _fractional(t: Any) -> bool:
+    """Whether a timestep is of a type with fractions, which index nothing."""
+    return t.is_floating_point() if isinstance(t, Tensor) else isinstance(t, (float, np.floating))
+
+
 class _Fused:
     """What the schedulers have in common: tables of coefficients, made once for a configuration, and one operation that carries a row out."""
 
     # Whatever the tables depend on: assigning one of these makes them anew.
     _SOURCES: ClassVar[frozenset[str]] = frozenset(
-        ("alphas_cumprod", "final_alpha_cumprod", "timesteps", "num_inference_steps", "custom_timesteps", "sigmas", "variance_type", "_internal_dict")
+        ("alphas_cumprod", "final_alpha_cumprod", "timesteps", "num_inference_steps", "custom_timesteps", "sigmas", "_internal_dict")
     )  # fmt: skip
+    # Those of them that may be written into.
+    _WATCHED: ClassVar[tuple[str, ...]] = ("alphas_cumprod", "final_alpha_cumprod", "timesteps", "sigmas")
     config: Any
     alphas_cumprod: Tensor
     timesteps: Tensor
@@ -132,6 +139,10 @@ class _Fused:
                 object.__setattr__(self, "_tables", {})
             assigned[name] = value
         object.__setattr__(self, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes its own tables, of what is assigned to it."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_assigned", "_versions")} | {"_tables": {}}
 
     def _move_timesteps(self, device: str | torch.device | None) -> None:
         """To the device that they are wanted on, which is no change of them."""
@@ -182,7 +193,8 @@ class _Fused:
     def _known(self, key: Hashable, dtype: torch.dtype, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
         """A table in a dtype and on a device."""
         if not torch.compiler.is_compiling():
-            versions = tuple(0 if v.is_inference() else v._version for v in (self.alphas_cumprod, self.timesteps))
+            watched = (self.__dict__.get(name) for name in _Fused._WATCHED)
+            versions = tuple(v._version if isinstance(v, Tensor) and not v.is_inference() else 0 for v in watched)
             if versions != getattr(self, "_versions", versions):
                 self._tables = {}  # somebody has written into them
             self._versions = versions
@@ -248,17 +260,27 @@ class _Fused:
         return self._known("timesteps", torch.int64, torch.device("cpu"), lambda: self.timesteps)
 
     def _rows(self, t: Tensor | float, n: int, device: torch.device) -> Tensor:
-        """Timesteps as places in a table with one row for each, int64 [1] or [n] on the device. IndexError for one that has none."""
+        """Timesteps as places in a table with one row for each, int64 [1] or [n] on the device. IndexError for one that has none, as far as that can be
+        told without waiting for a device."""
+        if _fractional(t):
+            raise IndexError(f"timesteps are whole numbers here, not {t.dtype if isinstance(t, Tensor) else t}")
         total = self.config.num_train_timesteps
         number = self._whole(t)
         if number is not None:
-            if not 0 <= number < total:
-                raise IndexError(f"timestep {number} is none of this scheduler's, which are 0 to {total - 1}")
+            self._check_range(number, number)
             return self._known("indices", torch.int64, device, lambda: torch.arange(total))[number : number + 1]
         assert isinstance(t, Tensor)
         if t.ndim > 1 or t.numel() not in (1, n):
             raise ValueError(f"timestep has shape {list(t.shape)} for a batch of {n}; give one for all, or one per sample, [{n}]")
+        if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
+            self._check_range(int(t.min()), int(t.max()))
         return t.reshape(-1).to(device, torch.int64).contiguous()
+
+    def _check_range(self, least: int, most: int) -> None:
+        """IndexError for timesteps that no table has a row of."""
+        total = self.config.num_train_timesteps
+        if least < 0 or most >= total:
+            raise IndexError(f"timestep {least if least < 0 else most} is none of this scheduler's, which are 0 to {total - 1}")
 
     def _step(
         self,
@@ -275,6 +297,13 @@ class _Fused:
         wide: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Carry a row out: the sample before, and x0. noise: z, or, with counter, the stream's."""
+        if x.ndim == 1:  # numbers, each for itself
+            columns = (v if v is None else v[:, None] for v in (m, x, noise, before, earlier))
+            m, x, noise, before, earlier = columns  # type: ignore[assignment]
+            both = self._step(
+                m, x, table, rows, noise=noise, counter=counter, threshold=threshold, before=before, earlier=earlier, wide=wide
+            )  # fmt: skip
+            return both[0][:, 0], both[1][:, 0]
         channels = x.shape[1]
         if m.shape != x.shape and m.shape != (len(x), 2 * channels, *x.shape[2:]):
             raise ValueError(f"model_output has shape {list(m.shape)} for a sample of {list(x.shape)}; they must be the same")
@@ -299,8 +328,10 @@ class _Fused:
         """table[t, 0] x0 + table[t, 1] noise."""
         dtype = torch.promote_types(x0.dtype, noise.dtype)
         x0, noise = torch.broadcast_tensors(x0, noise)  # type: ignore[no-untyped-call]
-        n = len(x0)
         t = timesteps.to(x0.device, torch.int64).flatten()
+        if len(x0) == 1 != len(t):  # one image at many timesteps
+            x0, noise = x0.expand(len(t), *x0.shape[1:]), noise.expand(len(t), *x0.shape[1:])
+        n = len(x0)
         t = (t.expand(n) if len(t) != n else t).contiguous()
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         x0, noise, rows = x0.to(dtype).contiguous(), noise.contiguous(), table(exact)
@@ -328,15 +359,18 @@ class _ByTimestep(_Fused):
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: torch.IntTensor) -> Tensor:
         """q(x_t | x_0) (Ho et al. 2020, equation 4): sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise.
 
-        original_samples, noise: [N, ...], any float dtype. timesteps: integers, [N] or of one element.
+        original_samples, noise: [N, ...], any float dtype, or one for all. timesteps: integers, [N] or of one element. IndexError for others.
         """
-        return self._forward(
-            original_samples, noise, timesteps, lambda dtype: self._signal(False, dtype, original_samples.device)
-        )  # fmt: skip
+        return self._at_levels(original_samples, noise, timesteps, False)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: torch.IntTensor) -> Tensor:
         """v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x_0 (Salimans & Ho 2022, appendix D); shapes as of `add_noise`."""
-        return self._forward(noise, sample, timesteps, lambda dtype: self._signal(True, dtype, sample.device))
+        return self._at_levels(noise, sample, timesteps, True)
+
+    def _at_levels(self, image: Tensor, noise: Tensor, t: Tensor, velocity: bool) -> Tensor:
+        if _fractional(t):
+            raise IndexError(f"timesteps are whole numbers here, not {t.dtype}")
+        return self._forward(image, noise, t, lambda dtype: self._signal(velocity, dtype, image.device))
 
     def _walk(self) -> tuple[Tensor, Tensor]:
         """Timesteps that a step may start at, and where it goes, -1 for the image; int64."""
@@ -357,7 +391,19 @@ class _ByTimestep(_Fused):
         raise ValueError(f"prediction_type given as {kind} must be one of `epsilon`, `sample` or `v_prediction`")
 
     def _timestep_plan(self, table: Tensor, learned: bool = False) -> Table | None:
-        return None if self._dynamic else self._loop_table(table[self._host_timesteps()], learned)
+        steps = self._host_timesteps()
+        if len(steps):
+            self._check_range(int(steps.min()), int(steps.max()))
+        return None if self._dynamic else self._loop_table(table[steps], learned)
+
+    def _within(self, t: Tensor) -> Tensor:
+        """Where timesteps have a row: with `steps_offset`, and as many steps as there are timesteps, one lies beyond."""
+        within: Tensor = (t >= 0) & (t < self.config.num_train_timesteps)
+        return within
+
+    def _dtype_of_x0(self, m: Tensor, x: Tensor) -> torch.dtype:
+        """diffusers': what the network has predicted stays as it is."""
+        return m.dtype if self.config.prediction_type == "sample" else torch.promote_types(m.dtype, x.dtype)
 
     @property
     def _clip(self) -> float:
@@ -374,9 +420,10 @@ class _ByTimestep(_Fused):
     def _by_timestep(self, t: Tensor, after: Tensor, columns: dict[str, Tensor | float]) -> Tensor:
         """[T, 11] of columns [len(t)]. Without a row of its own a timestep is NaN. row: the place of t in the timesteps, or beyond."""
         total = self.config.num_train_timesteps
-        steps = self.timesteps.cpu().long().flip(0)
+        steps = self.timesteps.cpu().long()
+        places = self._within(steps).nonzero()[:, 0].flip(0)
         place = torch.arange(total, 2 * total)
-        place[steps] = torch.arange(len(steps)).flip(0)  # of several places the first
+        place[steps[places]] = places  # of several places the first
         columns = {**columns, "row": place[t]}
         table = torch.full((total, len(STEP_COLUMNS)), torch.nan, dtype=torch.float64)
         values = [torch.as_tensor(columns.get(name, 0.0), dtype=torch.float64).expand(len(t)) for name in STEP_COLUMNS]
@@ -395,7 +442,8 @@ class DDPMScheduler(_ByTimestep, scheduling_ddpm.DDPMScheduler):  # type: ignore
     def _walk(self) -> tuple[Tensor, Tensor]:
         if self.custom_timesteps or self.num_inference_steps:
             t = self.timesteps.cpu().long()
-            return t, torch.cat([t[1:], torch.tensor([-1])])
+            within = self._within(t)
+            return t[within], torch.cat([t[1:], torch.tensor([-1])])[within]
         t = torch.arange(self.config.num_train_timesteps)
         return t, t - 1
 
@@ -411,16 +459,16 @@ class DDPMScheduler(_ByTimestep, scheduling_ddpm.DDPMScheduler):  # type: ignore
         self._prepare(("rows",), self._table)
 
     def _plan(self, eta: float = 0.0, clipped: bool = False) -> Table | None:
-        if self.variance_type == "learned":
+        if self.config.variance_type == "learned":
             return None
-        return self._timestep_plan(self._table(), self.variance_type == "learned_range")
+        return self._timestep_plan(self._table(), self.config.variance_type == "learned_range")
 
     def _draws(self, eta: float = 0.0) -> list[bool]:
         return [t > 0 for t in self._host_timesteps().tolist()]
 
     def _table(self) -> Tensor:
         t, after = self._walk()
-        base, variance_type = self._base(), self.variance_type
+        base, variance_type = self._base(), self.config.variance_type
         now, then = base[t], torch.where(after >= 0, base[after.clamp(min=0)], 1.0)
         # As diffusers forms them, in its order, for in fp32 another order is another number.
         left, kept = 1 - now, now / then
@@ -460,35 +508,49 @@ class DDPMScheduler(_ByTimestep, scheduling_ddpm.DDPMScheduler):  # type: ignore
         IndexError for a timestep that the scheduler has none of.
         """
         n, channels, device = len(sample), sample.shape[1], sample.device
-        learned = self.variance_type in ("learned", "learned_range")
+        learned = self.config.variance_type in ("learned", "learned_range")
         if learned != (model_output.shape[1] == 2 * channels):
             wanted = 2 * channels if learned else channels
             raise ValueError(
-                f"with variance_type {self.variance_type!r} model_output must have {wanted} channels, not {model_output.shape[1]}"
+                f"with variance_type {self.config.variance_type!r} model_output must have {wanted} channels, not {model_output.shape[1]}"
             )
+        rows = self._rows(timestep, n, device)
         number = self._whole(timestep)
         if number is None and isinstance(timestep, Tensor) and timestep.numel() == 1 and not torch.compiler.is_compiling():
             number = int(timestep)
-        rows = self._rows(timestep if number is None else number, n, device)
+            rows = self._rows(number, n, device)
         dtype = torch.promote_types(model_output.dtype, sample.dtype)
         table = self._known(("rows",), torch.float64 if dtype == torch.float64 else torch.float32, device, self._table)
-        if number is not None and (self.custom_timesteps or self.num_inference_steps) and not (self._host_timesteps() == number).any():
-            raise IndexError(f"timestep {number} is none of the {len(self.timesteps)} that set_timesteps has chosen")
+        self._check_chosen(timestep if number is None else number)
         noisy = number is None or number > 0
         counter = noisy and generator is None and self._options.counter
         z = None
         if noisy and not counter:
             shape = (n, channels, *model_output.shape[2:])
             z = randn_tensor(shape, generator=generator, device=device, dtype=model_output.dtype)
-        if self.variance_type == "learned" and noisy:
+        if self.config.variance_type == "learned" and noisy:
             if z is None:
                 seeds, ids = self._columns(n, device)
                 z = ops.normal(seeds, ids, table[rows, -1].long(), sample[0].numel()).reshape(sample.shape)
             z, counter = z * model_output[:, channels:] ** 0.5, False
         before, x0 = self._step(model_output, sample, table, rows, noise=z, counter=counter, threshold=self._dynamic)
+        x0 = x0.to(self._dtype_of_x0(model_output, sample))
         if not return_dict:
             return before, x0
         return DDPMSchedulerOutput(prev_sample=before, pred_original_sample=x0)
+
+    def _check_chosen(self, t: Tensor | int) -> None:
+        """IndexError for a timestep that set_timesteps has not chosen, as far as that can be told without waiting for a device."""
+        if not (self.custom_timesteps or self.num_inference_steps):
+            return
+        if isinstance(t, Tensor):
+            if t.device.type != "cpu" or torch.compiler.is_compiling():
+                return
+            odd = t.reshape(-1)[~torch.isin(t.reshape(-1), self._host_timesteps())].tolist()
+        else:
+            odd = [] if (self._host_timesteps() == t).any() else [t]
+        if odd:
+            raise IndexError(f"timestep {odd[0]} is none of the {len(self.timesteps)} that set_timesteps has chosen")
 
 
 class DDIMScheduler(_ByTimestep, scheduling_ddim.DDIMScheduler):  # type: ignore[misc]
@@ -504,7 +566,8 @@ class DDIMScheduler(_ByTimestep, scheduling_ddim.DDIMScheduler):  # type: ignore
         after = t - self.config.num_train_timesteps // self.num_inference_steps
         if self._options.corrected:
             steps = self.timesteps.cpu().long()
-            after[steps] = torch.cat([steps[1:], torch.tensor([-1])])
+            within = self._within(steps)
+            after[steps[within]] = torch.cat([steps[1:], torch.tensor([-1])])[within]
         return t, after
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device = None):  # type: ignore[no-untyped-def, assignment]
@@ -555,6 +618,8 @@ class DDIMScheduler(_ByTimestep, scheduling_ddim.DDIMScheduler):  # type: ignore
             raise ValueError("Number of inference steps is 'None', you need to run 'set_timesteps' after creating the scheduler")
         n, device = len(sample), sample.device
         dtype = torch.promote_types(model_output.dtype, sample.dtype)
+        if eta > 0 and variance_noise is not None:
+            dtype = torch.promote_types(dtype, variance_noise.dtype)
         eta, clipped = float(eta), bool(use_clipped_model_output)
         table = self._known(
             ("rows", eta, clipped), torch.float64 if dtype == torch.float64 else torch.float32, device, lambda: self._table(eta, clipped)
@@ -571,9 +636,11 @@ class DDIMScheduler(_ByTimestep, scheduling_ddim.DDIMScheduler):  # type: ignore
                 if z is None:
                     z = randn_tensor(model_output.shape, generator=generator, device=device, dtype=model_output.dtype)
                 z = z.expand(sample.shape)
-        before, x0 = self._step(
-            model_output, sample, table, self._rows(timestep, n, device), noise=z, counter=counter, threshold=self._dynamic
-        )  # fmt: skip
+        rows, x = self._rows(timestep, n, device), sample
+        if dtype != torch.promote_types(model_output.dtype, sample.dtype):  # the noise is of a wider one
+            x = sample.to(dtype)
+        before, x0 = self._step(model_output, x, table, rows, noise=z, counter=counter, threshold=self._dynamic)
+        x0 = x0.to(self._dtype_of_x0(model_output, sample))
         if not return_dict:
             return before, x0
         return DDIMSchedulerOutput(prev_sample=before, pred_original_sample=x0)
@@ -779,6 +846,8 @@ class DPMSolverMultistepScheduler(_Fused, scheduling_dpmsolver_multistep.DPMSolv
             threshold=bool(config.thresholding and not converted and config.sample_max_value != 1),
             before=outputs[-1] if behind > 0 else None, earlier=outputs[-2] if behind > 1 else None,
         )  # fmt: skip
+        if model_output.dtype != dtype and config.prediction_type == ("sample" if config.algorithm_type.endswith("++") else "epsilon"):
+            before = before.to(model_output.dtype)  # as what the network has predicted, which the solver takes as it is
         self.model_outputs = [*outputs[1:], x0]
         self.lower_order_nums = min(self.lower_order_nums + 1, config.solver_order)
         if not each:
@@ -795,7 +864,7 @@ class DPMSolverMultistepScheduler(_Fused, scheduling_dpmsolver_multistep.DPMSolv
             places = self._known("places", torch.int64, device, self._places)
             self._step_index = places[timestep.reshape(1).to(device, torch.int64)]
         else:
-            number = self._whole(timestep)
+            number = None if _fractional(timestep) else self._whole(timestep)
             self._init_step_index(timestep if number is None else number)
 
     def index_for_timestep(self, timestep: int | torch.Tensor, schedule_timesteps: torch.Tensor | None = None) -> int:
@@ -826,7 +895,8 @@ class DPMSolverMultistepScheduler(_Fused, scheduling_dpmsolver_multistep.DPMSolv
             return self._known(("levels", at is not None), dtype, device, make)
 
         if at is not None:
-            index = at if isinstance(at, Tensor) else torch.tensor([at], device=device)
+            levels_of = self._known("level", torch.int64, device, lambda: torch.arange(len(self.sigmas)))
+            index = at if isinstance(at, Tensor) else levels_of[at : at + 1]
             timesteps = index.expand(timesteps.shape[0])  # type: ignore[assignment]
         return self._forward(original_samples, noise, timesteps, levels)
 

@@ -146,7 +146,6 @@ def test_random_configurations_give_diffusers_numbers(name, data):
         else:
             scheduler.set_timesteps(steps)
     assert torch.equal(theirs.timesteps, mine.timesteps) and theirs.timesteps.dtype == mine.timesteps.dtype
-    assume(int(theirs.timesteps.max()) < config["num_train_timesteps"] and int(theirs.timesteps.min()) >= 0)
     given_noise = call.pop("given", False) if name != "DDPMScheduler" else False
     learned = config.get("variance_type", "") in ("learned", "learned_range")
     rough = config.get("variance_type", "") in ("learned_range", "fixed_small_log") or name.startswith("DPM")
@@ -158,6 +157,8 @@ def test_random_configurations_give_diffusers_numbers(name, data):
     x = torch.randn(n, *SHAPE, generator=random, dtype=dtype)
     with np.errstate(all="ignore"):
         for t in theirs.timesteps:
+            if t < 0:  # trailing, of a rounding; diffusers takes the last row for it
+                return
             m = torch.randn(n, *SHAPE, generator=random, dtype=dtype)
             if learned:
                 v = torch.rand(n, *SHAPE, generator=random, dtype=dtype)
@@ -177,7 +178,9 @@ def test_random_configurations_give_diffusers_numbers(name, data):
                 more.pop("generator", None)
             if isinstance(results[0][0], Exception):
                 assert type(results[1][0]) is type(results[0][0])
-                return
+                if name.startswith("DPM"):
+                    return
+                continue  # a timestep beyond the last, by steps_offset
             (wanted, after), (got, mine_after) = results
             assert torch.equal(after, mine_after), "the global generator is used as often"
             assert type(wanted) is type(got)
@@ -360,8 +363,25 @@ def test_add_noise_and_velocity(name, dtype):
     if name != "DPMSolverMultistepScheduler":
         for one in (torch.tensor([9]), torch.tensor(9)):
             torch.testing.assert_close(mine.add_noise(x0, z, one), theirs.add_noise(x0, z, one), rtol=rtol, atol=2 * rtol)
+    for t in (torch.tensor([0, 500, 999]), torch.tensor([7])):  # one image at each of them
+        for method in ("add_noise", *(["get_velocity"] if hasattr(theirs, "get_velocity") else [])):
+            got, wanted = getattr(mine, method)(x0[:1], z[:1], t), getattr(theirs, method)(x0[:1], z[:1], t)
+            torch.testing.assert_close(got, wanted, rtol=rtol, atol=2 * rtol)
+    t = torch.tensor([3, 3, 3, 3, 3], dtype=torch.int32)
     mixed = mine.add_noise(x0.float(), z.double(), t)
     assert mixed.dtype == theirs.add_noise(x0.float(), z.double(), t).dtype == torch.float64
+
+
+def test_dpm_add_noise_at_a_begin_index_makes_nothing_anew():
+    """No tensor of a number, which on a GPU is a copy that is waited for."""
+    scheduler = ours.DPMSolverMultistepScheduler()
+    scheduler.set_timesteps(12)
+    scheduler.set_begin_index(4)
+    x, t = torch.randn(3, *SHAPE), scheduler.timesteps[4].repeat(3)
+    scheduler.add_noise(x, x, t)
+    with Seen() as seen:
+        scheduler.add_noise(x, x, t)
+    assert "aten::lift_fresh" not in seen.names
 
 
 @pytest.mark.parametrize("begin", [None, 4])
@@ -416,6 +436,80 @@ def test_a_timestep_per_sample(name, call):
         torch.testing.assert_close(got.prev_sample[i], one.prev_sample[0], rtol=0, atol=2e-6)
     with pytest.raises(ValueError, match=r"timestep has shape \[5\] for a batch of 6; give one for all, or one per sample, \[6\]"):
         scheduler.step(m, t[:5], x, **call)
+    for odd in (-1, 1000):
+        with pytest.raises(IndexError, match=f"timestep {odd} is none of this scheduler's, which are 0 to 999"):
+            scheduler.step(m, torch.tensor([900, odd, 0, 0, 0, 0]), x, **call)
+    if name == "DDPMScheduler":
+        with pytest.raises(IndexError, match="timestep 5 is none of the 10 that set_timesteps has chosen"):
+            scheduler.step(m, torch.tensor([900, 5, 0, 0, 0, 0]), x, **call)
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler"])
+def test_timesteps_with_fractions_are_an_index_error(name):
+    """As in diffusers, and for 5.0, too. DPM-Solver looks for its place."""
+    x = torch.zeros(2, *SHAPE)
+    for library in (diffusers, ours):
+        scheduler = getattr(library, name)()
+        scheduler.set_timesteps(10)
+        for t in (5.0, 0.5, torch.tensor(5.0), torch.tensor([5.0])):
+            with pytest.raises(IndexError):
+                scheduler.step(x, t, x)
+        with pytest.raises(IndexError):
+            scheduler.add_noise(x, x, torch.tensor([5.0, 6.0]))
+    results = []
+    for library in (diffusers, ours):
+        for t in (300.0, 300.5):
+            scheduler = library.DPMSolverMultistepScheduler()
+            scheduler.set_timesteps(10)
+            scheduler.step(x, t, x)
+            results.append(scheduler.step_index)
+    assert results[:2] == results[2:]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("name", NAMES)
+def test_of_mixed_dtypes_come_diffusers(name, prediction):
+    f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    for of_m, of_x, of_z in ((bf16, f32, f32), (f32, bf16, f32), (f64, f32, f32), (f16, bf16, f32), (bf16, bf16, f32), (f32, f32, f64)):
+        results = []
+        for library in (diffusers, ours):
+            scheduler = getattr(library, name)(prediction_type=prediction)
+            scheduler.set_timesteps(10)
+            given = {"eta": 0.5, "variance_noise": torch.ones(2, *SHAPE, dtype=of_z)} if name == "DDIMScheduler" else {}
+            torch.manual_seed(0)
+            step = scheduler.step(
+                torch.full((2, *SHAPE), 0.25, dtype=of_m), scheduler.timesteps[1], torch.ones(2, *SHAPE, dtype=of_x), **given
+            )
+            results.append(dict(step))
+        for key, wanted in results[0].items():
+            assert results[1][key].dtype == wanted.dtype, (key, of_m, of_x, of_z)
+            torch.testing.assert_close(results[1][key], wanted, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_samples_of_one_dimension(name):
+    """DDPM of diffusers asks for their channels."""
+    results = []
+    for library in (diffusers, ours):
+        scheduler, x = getattr(library, name)(), torch.linspace(-1, 1, 6)
+        scheduler.set_timesteps(10)
+        x = scheduler.add_noise(x, x.flip(0), torch.tensor([400]))
+        for t in scheduler.timesteps:
+            x = scheduler.step(x * 0.5, t, x).prev_sample
+        results.append(x)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_variance_is_the_configs():
+    """What a scheduler's attribute of that name says does not count."""
+    x, m = torch.randn(2, *SHAPE), torch.randn(2, *SHAPE)
+    results = []
+    for library in (diffusers, ours):
+        scheduler = library.DDPMScheduler()
+        scheduler.variance_type = "fixed_large"
+        scheduler.set_timesteps(10)
+        results.append(scheduler.step(m, scheduler.timesteps[-2], x, generator=torch.Generator().manual_seed(0)).prev_sample)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -537,6 +631,19 @@ def test_a_timestep_beyond_the_last_is_an_error_of_the_step():
             scheduler.step(x, scheduler.timesteps[0], x)
 
 
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler"])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_beside_a_timestep_beyond_the_last_the_others_are_as_ever(corrected, name):
+    config = {"num_train_timesteps": 10, "steps_offset": 1, "timestep_spacing": "leading"}
+    theirs, mine = getattr(diffusers, name)(**config), getattr(ours, name)(**config).use(corrected=corrected)
+    x, m = torch.randn(2, *SHAPE), torch.randn(2, *SHAPE)
+    for scheduler in (theirs, mine):
+        scheduler.set_timesteps(10)
+    for t in theirs.timesteps[1:-1]:
+        wanted, got = (s.step(m, t, x, generator=torch.Generator().manual_seed(0)).prev_sample for s in (theirs, mine))
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
+
+
 # The contract.
 
 
@@ -592,6 +699,22 @@ def test_copies(copied, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_copy_and_its_original_go_ways_of_their_own(name):
+    first = getattr(ours, name)().use(noise="counter", seed=3)
+    first.set_timesteps(10)
+    x, m = torch.randn(2, *SHAPE), torch.randn(2, *SHAPE)
+    first.step(m, first.timesteps[0], x)
+    second = copy.copy(first)
+    for scheduler, steps in ((second, 20), (first, 20), (second, 10), (second, 20)):
+        scheduler.set_timesteps(steps)
+        fresh = getattr(ours, name)().use(noise="counter", seed=3)
+        fresh.set_timesteps(steps)
+        for s in (scheduler, fresh):
+            s.step(m, s.timesteps[0], x)
+        assert torch.equal(scheduler.step(m, scheduler.timesteps[1], x).prev_sample, fresh.step(m, fresh.timesteps[1], x).prev_sample)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_tables_follow_what_is_assigned(name):
     x, m = torch.randn(2, *SHAPE), torch.randn(2, *SHAPE)
 
@@ -617,8 +740,12 @@ def test_tables_follow_what_is_assigned(name):
             scheduler.alphas_cumprod[:] = scheduler.alphas_cumprod**2
 
         changes += [in_place, lambda s: setattr(s, "alphas_cumprod", s.alphas_cumprod**2)]
+    else:
+        changes.append(lambda s: s.sigmas.mul_(1.5))
     if name == "DDPMScheduler":
         changes.append(lambda s: setattr(s, "timesteps", torch.tensor([900, 850, 700, 20])))
+    if name == "DDIMScheduler":
+        both(lambda s: s.final_alpha_cumprod.mul_(0.99995), torch.tensor(0))
     for change in changes:
         assert not torch.equal(both(change), plain)
     with torch.inference_mode():
