@@ -426,12 +426,7 @@ def hold(
     """
     folder = Path(folder)
     manifest = Manifest(config)
-    if group.first:
-        make_folder(folder)
-    group.barrier()
-    if not folder.is_dir():
-        raise RunError(f"the processes see different folders {folder}; each needs the same one, on a disk that all share")
-    with _lock(folder, group):
+    with own_folder(folder, group):
         if group.first:
             remove_parts(folder, PARTS)
             if not (folder / MANIFEST).exists():
@@ -468,6 +463,19 @@ def _merge(folder: Path, manifest: Manifest) -> Manifest:
     for path in journals:
         path.unlink()
     return manifest
+
+
+@contextmanager
+def own_folder(folder: Path, group: Group) -> Iterator[None]:
+    """A folder, made where it is missing, that all processes of a group write to, and nobody else as long as the block lasts. RunError where another
+    process writes there, which is named."""
+    if group.first:
+        make_folder(folder)
+    group.barrier()
+    if not folder.is_dir():
+        raise RunError(f"the processes see different folders {folder}; each needs the same one, on a disk that all share")
+    with _lock(folder, group):
+        yield
 
 
 @contextmanager

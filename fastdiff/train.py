@@ -31,11 +31,12 @@ from . import cli, data, ops
 from .checkpoint import Checkpoint, CheckpointError, read_tensors, write_tensors
 from .devices import pick_device
 from .distributed import Group, join, lost, one_voice, own_device
-from .files import atomic_write, make_folder, remove_parts
+from .files import atomic_write, remove_parts
 from .noise import counter, noise_table, signed
 from .progress import Progress
-from .schedules import Schedule
-from .unet import UNet, UNetConfig
+from .runs import own_folder
+from .schedules import MAX_TIMESTEPS, Schedule, number
+from .unet import MAX_BLOCKS, MAX_SIZE, UNet, UNetConfig
 
 PROG = "python -m fastdiff.train"
 log = logging.getLogger("fastdiff.train")  # __name__ is "__main__" in the command
@@ -45,6 +46,12 @@ PARTS = r"(?:state|checkpoint)\.safetensors|loss\.png|samples-\d+\.png"  # what 
 # kills 30 s after its SIGTERM, leaves time to save, and after so many steps at most.
 ASK_S, ASK_STEPS = 2.0, 100
 ALONE = Group()
+# What settings may be, whether typed or read from a state: whole numbers from, to; names; the other numbers are from 0 to 1.
+WHOLE = {
+    "steps": (1, 1 << 38), "batch": (1, 1 << 24), "warmup": (0, 1 << 38), "seed": (0, (1 << 64) - 1), "timesteps": (1, MAX_TIMESTEPS),
+    "patch": (1, MAX_SIZE), "blocks": (1, MAX_BLOCKS), "middle": (0, MAX_BLOCKS),
+}  # fmt: skip
+NAMES = {"schedule": ("linear", "scaled_linear", "cosine", "sigmoid", "flow"), "prediction": ("epsilon", "v", "x0", "flow")}
 
 
 @dataclass(frozen=True)
@@ -70,8 +77,27 @@ class Settings:
     middle: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch, self.timesteps) < 1:
-            raise ValueError("steps, batch and timesteps must be at least 1")
+        if isinstance(self.channels, list):
+            object.__setattr__(self, "channels", tuple(self.channels))
+        for name, value in vars(self).items():
+            fits, wanted = _fits(name, value)
+            if not fits:
+                raise ValueError(f"{name} is {value!r}; it must be {wanted}")
+
+
+def _fits(name: str, value: Any) -> tuple[bool, str]:
+    """Whether a setting may have this value, and what it must be."""
+    if name in WHOLE:
+        low, high = WHOLE[name]
+        return type(value) is int and low <= value <= high, f"a whole number, at least {low} and at most {high}"
+    if name in NAMES:
+        return isinstance(value, str) and value in NAMES[name], f"one of {', '.join(NAMES[name])}"
+    if name == "channels":
+        fits = isinstance(value, tuple) and 0 < len(value) <= MAX_BLOCKS and all(type(c) is int and 0 < c <= MAX_SIZE for c in value)
+        return fits, f"1 to {MAX_BLOCKS} whole numbers, each at least 1 and at most {MAX_SIZE}"
+    if name == "flip":
+        return isinstance(value, bool), "True or False"
+    return number(value) and 0 <= value <= 1, "a number from 0 to 1"
 
 
 def learning_rate(settings: Settings, step: int) -> float:
@@ -133,21 +159,13 @@ class Run:
 
     @staticmethod
     def new(settings: Settings, dataset: data.Dataset, device: torch.device) -> Run:
-        config = UNetConfig(
-            dataset.shape,
-            settings.patch,
-            settings.channels,
-            settings.blocks,
-            settings.middle,
-            num_classes=len(dataset.classes) or None,
-        )
+        config, schedule = layout(settings, dataset)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             model = UNet(config)
         model = model.to(device)
         ema = copy.deepcopy(model).eval().requires_grad_(False)
         optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, fused=True)
-        schedule = Schedule.from_config({"name": settings.schedule, "timesteps": settings.timesteps})
         return Run(settings, schedule, dataset.classes, model, ema, optimizer)
 
     def checkpoint(self, record: dict[str, Any]) -> Checkpoint:
@@ -169,6 +187,7 @@ class Run:
         write_tensors(path, tensors, about)
 
     def restore(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        """From what `read_state` gives, of a network that `compare` has found to fit."""
         for part, m in (("model", self.model), ("ema", self.ema)):
             m.load_state_dict({k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")})
         parameters = list(self.model.parameters())
@@ -181,40 +200,106 @@ class Run:
                 state.setdefault(int(i), {})[key] = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.losses = list(tensors["losses"].to(next(self.model.parameters()).device)) if "losses" in tensors else []
-        self.step, self.seconds = int(about["step"]), float(about["seconds"])
+        self.step, self.seconds = about["step"], float(about["seconds"])
         self.history, self.held_out = [tuple(p) for p in about["history"]], [tuple(p) for p in about["held_out"]]
 
 
+def layout(settings: Settings, dataset: data.Dataset) -> tuple[UNetConfig, Schedule]:
+    """The network and the schedule of a run. ValueError where these settings and data make none."""
+    config = UNetConfig(
+        dataset.shape,
+        settings.patch,
+        settings.channels,
+        settings.blocks,
+        settings.middle,
+        num_classes=len(dataset.classes) or None,
+    )
+    return config, Schedule.from_config({"name": settings.schedule, "timesteps": settings.timesteps})
+
+
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], Settings]:
-    """A state file's tensors, metadata and settings. CheckpointError for anything else."""
+    """A state file's tensors, metadata and settings. CheckpointError for anything else; `compare` looks at the tensors."""
     if not path.is_file():
         raise CheckpointError(f"nothing to resume: there is no {path}; leave out --resume to begin a run there")
     tensors, about = read_tensors(path)
     if about.get("training") != 1:
         raise CheckpointError(f"{path} is not the state of a training run")
     try:
-        saved: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["settings"].items()}
-        if saved.keys() != {f.name for f in fields(Settings)}:
+        if about["settings"].keys() != {f.name for f in fields(Settings)}:
             raise ValueError("its settings are those of another version")
-        return tensors, about, Settings(**saved)
+        settings = Settings(**about["settings"])
+        step, seconds = about["step"], about["seconds"]
+        if type(step) is not int or not 0 <= step <= settings.steps:
+            raise ValueError(f"step is {step!r}; it must be a whole number from 0 to its settings' steps, {settings.steps}")
+        if not number(seconds) or seconds < 0:
+            raise ValueError(f"seconds is {seconds!r}; it must be a number of at least 0")
+        for name in ("history", "held_out"):
+            if not isinstance(about[name], list) or not all(_point(v, step) for v in about[name]):
+                raise ValueError(f"{name} is no list of pairs of a step, until {step}, and a loss")
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise CheckpointError(f"{path} is the state of no training run that this version knows: {e}") from None
+    return tensors, about, settings
 
 
-def take_up(run: Run, path: Path, digest: str) -> None:
-    """Bring a new run to where the state at `path` is. ValueError where that was another run, of other data or settings."""
+def _point(value: Any, step: int) -> bool:
+    """Whether it is a point of a loss curve. A loss on held-out images may have been infinite, or no number."""
+    return isinstance(value, list) and len(value) == 2 and type(value[0]) is int and 0 <= value[0] <= step and type(value[1]) is float
+
+
+def compare(tensors: dict[str, Tensor], step: int, config: UNetConfig) -> None:
+    """ValueError, whose subject is the file, where a state's tensors are not those of such a network after so many steps. Allocates nothing."""
+    with torch.device("meta"):
+        model = UNet(config)
+    wanted = {f"{part}.{k}": v.shape for part in ("model", "ema") for k, v in model.state_dict().items()}
+    for i, p in enumerate(model.parameters() if step else ()):
+        wanted |= {f"adam.{i}.step": torch.Size(), f"adam.{i}.exp_avg": p.shape, f"adam.{i}.exp_avg_sq": p.shape}
+    losses = tensors.get("losses", torch.empty(0))
+    if losses.dim() != 1 or len(losses) > step:
+        raise ValueError(f"holds losses of the shape {list(losses.shape)} after {step} steps")
+    given = {k: v.shape for k, v in tensors.items() if k != "losses"}
+    if wanted != given:
+        odd = min(k for k in wanted | given if wanted.get(k) != given.get(k))
+        raise ValueError(f"does not fit its own settings: {odd} is {_shape(given.get(odd))}, should be {_shape(wanted.get(odd))}")
+    for name, value in tensors.items():
+        if value.dtype != torch.float32:
+            raise ValueError(f"holds {name} as {value.dtype}, should be torch.float32")
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "not there" if shape is None else str(list(shape))
+
+
+def take_up(settings: Settings, dataset: data.Dataset, path: Path, digest: str, device: torch.device) -> Run:
+    """The run whose state is at `path`. ValueError where that was another run, of other data or settings, or is damaged: before a network is made."""
     tensors, about, saved = read_state(path)
     if about.get("digest") != digest:
         raise ValueError(f"{path} was trained on other data; give the same --data, or another --out for a new run")
     for name, value in asdict(saved).items():
-        if name != "steps" and value != getattr(run.settings, name):
+        if name != "steps" and value != getattr(settings, name):
             raise ValueError(f"{path} was trained with another {name}: {value}; leave it out, or give another --out")
+    config, _ = layout(settings, dataset)
     try:
-        run.restore(tensors, about)
-    except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise CheckpointError(f"{path} is damaged: {type(e).__name__}: {str(e).splitlines()[0]}") from None
-    if run.step > run.settings.steps:
-        raise ValueError(f"{path} is at step {run.step} already; give --steps above it to go on")
+        compare(tensors, about["step"], config)
+    except ValueError as e:
+        raise CheckpointError(f"{path} is damaged: it {e}") from None
+    if about["step"] > settings.steps:
+        raise ValueError(f"{path} is at step {about['step']} already; give --steps above it to go on")
+    run = Run.new(settings, dataset, device)
+    run.restore(tensors, about)
+    return run
+
+
+def begin(settings: Settings, dataset: data.Dataset, out: Path, digest: str, device: torch.device, resume: bool, group: Group) -> Run:
+    """A new run, or the one in the folder, which nobody else may write to. ValueError where what is there is not to be gone on with."""
+    path = out / STATE
+    there = group.any(group.first and path.exists())  # the first rank decides, lest half of them go on
+    if resume or (there and group.any(group.first and ours(path, group))):
+        run = take_up(settings, dataset, path, digest, device)
+        log.info("go on with %s at step %d of %d", path, run.step, settings.steps)
+        return run
+    if there:
+        raise ValueError(f"{out} holds a training run already; add --resume to go on with it, or give another --out")
+    return Run.new(settings, dataset, device)
 
 
 @contextmanager
@@ -269,36 +354,66 @@ def train(
 
     as_json: lines of JSON rather than a bar, see `Progress`. group: the processes that share the work, each of which calls this alike; the first
     one writes. Those that torchrun has started again go on from the state that they have saved before. KeyboardInterrupt after Ctrl-C or
-    SIGTERM, with the run saved. ValueError where the settings, data or folder do not fit, ConnectionError where another process has ended.
+    SIGTERM, with the run saved. ValueError where the settings, data or folder do not fit, or another process writes there, which is named;
+    ConnectionError where another process of the group has ended.
     """
     device, out = pick_device(device), Path(out)
-    cuda = device.type == "cuda"
     learn, test = dataset.split()
     if not len(learn):
         raise ValueError("there are no images to train on: all are held out")
     if settings.batch < group.world:
         raise ValueError(f"a batch of {settings.batch} is too small for {group.world} processes: each needs an example of every step")
+    layout(settings, dataset)
     digest = learn.digest()
-    run = Run.new(settings, dataset, device)
-    there = group.any(group.first and (out / STATE).exists())  # the first rank decides, lest half of them go on
-    if resume or (there and group.any(group.first and ours(out / STATE, group))):
-        take_up(run, out / STATE, digest)
-        log.info("go on with %s at step %d of %d", out / STATE, run.step, settings.steps)
-    elif there:
-        raise ValueError(f"{out} holds a training run already; add --resume to go on with it, or give another --out")
-    # Nobody writes before all have looked.
-    if group.any(not group.agree(fingerprint(run, digest))):
-        raise ValueError(f"the processes see different data, settings or states; each needs the same --data and the same {out}")
-    if group.first:
-        make_folder(out)
-        remove_parts(out, PARTS)
 
+    def agree(step: int) -> None:
+        if group.any(not group.agree(fingerprint(settings, digest, step))):
+            raise ValueError(f"the processes see different data, settings or states; each needs the same --data and the same {out}")
+
+    agree(0)  # nobody writes before all have looked
+    with own_folder(out, group):
+        run = begin(settings, dataset, out, digest, device, resume, group)
+        agree(run.step)
+        if group.first:
+            remove_parts(out, PARTS)
+        about = {
+            "settings": asdict(settings),
+            "data": dataset.digest(),
+            "images": len(learn),
+            "device": str(device),
+            "processes": group.world,
+            "torch": torch.__version__,
+        }
+        return _go_on(
+            run, learn, test, out, digest, (record or {}) | about, group, device=device, compile=compile, save_every=save_every,
+            sample_every=sample_every, log_every=log_every, as_json=as_json,
+        )  # fmt: skip
+
+
+def _go_on(
+    run: Run,
+    learn: data.Dataset,
+    test: data.Dataset,
+    out: Path,
+    digest: str,
+    record: dict[str, Any],
+    group: Group,
+    *,
+    device: torch.device,
+    compile: bool | None,
+    save_every: int,
+    sample_every: int,
+    log_every: int,
+    as_json: bool,
+) -> Path:
+    """What `train` does with a run in a folder that nobody else writes to."""
+    settings, cuda = run.settings, device.type == "cuda"
     first, end = (settings.batch * r // group.world for r in (group.rank, group.rank + 1))
     pool = Pool.of(learn, settings.balance, device)
     table = noise_table(run.schedule, settings.prediction, device)
     noise_counter = counter("training", 0, device)
     seeds = torch.full((end - first,), signed(settings.seed), device=device)
-    null = len(dataset.classes)
+    null = len(run.classes)
     # The mean over ranks of the ranks' weighted means is the mean over the batch.
     weight = (end - first) * group.world / settings.batch
     call = torch.compile(run.model) if (cuda if compile is None else compile) else run.model
@@ -327,15 +442,7 @@ def train(
         if len(test) and (not run.held_out or run.held_out[-1][0] != run.step):
             run.held_out.append((run.step, round(held_out_loss(run, test, device), 6)))
         loss_curve(run, out / "loss.png")
-        about = {
-            "settings": asdict(settings),
-            "data": dataset.digest(),
-            "images": len(learn),
-            "device": str(device),
-            "processes": group.world,
-            "torch": torch.__version__,
-        }
-        run.checkpoint((record or {}) | about).save(out / CHECKPOINT)
+        run.checkpoint(record).save(out / CHECKPOINT)
         run.save(out / STATE, digest, group.names)
         log.info("saved step %d in %s; held-out loss %s", run.step, out, run.held_out[-1][1] if run.held_out else "unknown")
 
@@ -416,9 +523,9 @@ def steps_to_ask(steps: int, seconds: float) -> int:
     return max(1, min(int(ASK_S * steps / max(seconds, 1e-9)), ASK_STEPS))
 
 
-def fingerprint(run: Run, digest: str) -> Tensor:
+def fingerprint(settings: Settings, digest: str, step: int) -> Tensor:
     """What the ranks of a run must have in common before a step, int64 [1]."""
-    words = repr((digest, run.settings, run.step)).encode()
+    words = repr((digest, settings, step)).encode()
     return torch.tensor([int.from_bytes(hashlib.sha256(words).digest()[:8], "little", signed=True)])
 
 
@@ -505,9 +612,9 @@ def parser() -> cli.Parser:
     )
     g.add_argument("--seed", type=cli.whole(0, 2**64 - 1), help=f"fixes weights, order, timesteps and noise ({d.seed})")
     g = p.add_argument_group("diffusion and network")
-    g.add_argument("--schedule", choices=["linear", "scaled_linear", "cosine", "sigmoid", "flow"], help=f"noise schedule ({d.schedule})")
+    g.add_argument("--schedule", choices=NAMES["schedule"], help=f"noise schedule ({d.schedule})")
     g.add_argument("--timesteps", type=cli.whole(1), help=f"noise levels ({d.timesteps})")
-    g.add_argument("--prediction", choices=["epsilon", "v", "x0", "flow"], help=f"what the network learns to say ({d.prediction})")
+    g.add_argument("--prediction", choices=NAMES["prediction"], help=f"what the network learns to say ({d.prediction})")
     g.add_argument(
         "--channels", type=cli.whole(1), nargs="+", metavar="C", help=f"width at each resolution ({' '.join(map(str, d.channels))})"
     )

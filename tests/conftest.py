@@ -1,5 +1,6 @@
 """Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before any kernel is decorated."""
 
+import logging
 import os
 import signal
 
@@ -60,3 +61,12 @@ def cache(tmp_path_factory):
 def device() -> torch.device:
     """Where launchers are tested: the GPU, or CPU tensors in the interpreter."""
     return torch.device("cuda" if CUDA else "cpu")
+
+
+@pytest.fixture
+def log_after():
+    """The library's log as it was before."""
+    log = logging.getLogger("fastdiff")
+    before = log.handlers, log.level, log.propagate
+    yield
+    log.handlers, log.level, log.propagate = before

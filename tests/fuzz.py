@@ -47,6 +47,7 @@ WATCHED = [
     "fastdiff.unet2d",
     "fastdiff.schedules",
     "fastdiff.runs",
+    "fastdiff.train",
     "json.decoder",
 ]
 WATCHED += [
@@ -63,12 +64,15 @@ SECONDS = 2.0
 LONGEST = 1000  # characters of an error
 
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from helpers import small_network  # noqa: E402
 
 from fastdiff import Checkpoint, Schedule, UNetConfig, checkpoint, data, runs, train  # noqa: E402
 
 TINY = UNetConfig(shape=(1, 2, 2), patch=1, channels=(2,), middle=0, embedding=4, group=1, num_classes=2)
+TRAINING = train.Settings(steps=2, batch=2, timesteps=4, channels=(8,), patch=1, blocks=1, middle=0)
+SPRITES = data.Dataset(np.zeros((2, 2, 2, 1), np.uint8), np.arange(2), ("cat", "dog"))
 
 
 class FindingError(AssertionError):
@@ -89,23 +93,49 @@ def file(name: str, content: bytes) -> Path:
     return path
 
 
-@cache
-def saved() -> tuple[dict[str, Any], bytes, dict[str, Any]]:
-    """A small checkpoint's tensors as a header has them, their bytes, and its metadata."""
-    path = folder() / "whole.safetensors"
-    Checkpoint(small_network(config=TINY), Schedule.linear(20), "epsilon", ("cat", "dog"), {"steps": 1}).save(path, torch.float16)
+Pieces = tuple[dict[str, Any], bytes, dict[str, Any]]
+
+
+def pieces(path: Path) -> Pieces:
+    """A file's tensors as a header has them, their bytes, and its metadata."""
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     return header, content[8 + length :], json.loads(header.pop("__metadata__")["fastdiff"])
 
 
-def safetensors(header: bytes) -> bytes:
-    return len(header).to_bytes(8, "little") + header + saved()[1]
+@cache
+def saved() -> Pieces:
+    """Those of a small checkpoint."""
+    path = folder() / "whole.safetensors"
+    Checkpoint(small_network(config=TINY), Schedule.linear(20), "epsilon", ("cat", "dog"), {"steps": 1}).save(path, torch.float16)
+    return pieces(path)
 
 
-def with_metadata(text: bytes) -> bytes:
-    return safetensors(json.dumps(saved()[0] | {"__metadata__": {"fastdiff": text.decode(errors="replace")}}).encode())
+@cache
+def trained() -> Pieces:
+    """Those of the state of a training run after a step."""
+    path, run = folder() / "state.safetensors", train.Run.new(TRAINING, SPRITES, torch.device("cpu"))
+    for p in run.model.parameters():
+        p.grad = torch.zeros_like(p)
+    run.optimizer.step()
+    run.step, run.seconds, run.losses, run.history, run.held_out = 1, 0.5, [torch.ones(())], [(1, 0.5)], [(1, 0.5)]
+    run.save(path, SPRITES.digest(), ("a",))
+    return pieces(path)
+
+
+def safetensors(header: bytes, made: Callable[[], Pieces] = saved) -> bytes:
+    return len(header).to_bytes(8, "little") + header + made()[1]
+
+
+def with_metadata(text: bytes, made: Callable[[], Pieces] = saved) -> bytes:
+    return safetensors(json.dumps(made()[0] | {"__metadata__": {"fastdiff": text.decode(errors="replace")}}).encode(), made)
+
+
+def resume(content: bytes) -> train.Run:
+    """Take up a state of this metadata, with the settings that it says."""
+    path = file("d.safetensors", with_metadata(content, trained))
+    return train.take_up(train.read_state(path)[2], SPRITES, path, SPRITES.digest(), torch.device("cpu"))
 
 
 ARRAYS = ("images", "labels", "classes", "test")
@@ -130,7 +160,7 @@ TARGETS: dict[str, tuple[Callable[[bytes], object], type[Exception], int, bool]]
     "checkpoint": (lambda b: checkpoint.load(file("a.safetensors", b)), checkpoint.CheckpointError, 512, False),
     "metadata": (lambda b: checkpoint.load(file("b.safetensors", with_metadata(b))), checkpoint.CheckpointError, 512, True),
     "header": (lambda b: checkpoint.load(file("c.safetensors", safetensors(b))), checkpoint.CheckpointError, 512, True),
-    "state": (lambda b: train.read_state(file("d.safetensors", with_metadata(b))), checkpoint.CheckpointError, 512, True),
+    "state": (resume, ValueError, 512, True),
     "npz": (lambda b: data.load(file("a.npz", b)), data.DataError, 640, False),
     "array": (lambda b: data.load(file("b.npz", packed(b))), data.DataError, 640, False),
     "npy": (lambda b: data.load(file("a.npy", b)), data.DataError, 256, False),

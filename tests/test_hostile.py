@@ -1,5 +1,6 @@
 """Hostile files: each kind is refused in one short line, at once, and within the memory that the reader's docstring states."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -24,7 +25,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import fastdiff
-from fastdiff import Checkpoint, CheckpointError, Schedule, UNetConfig, checkpoint, data, files, runs
+from fastdiff import Checkpoint, CheckpointError, Schedule, UNetConfig, checkpoint, data, files, runs, train
 from fastdiff.classifier import Classifier, load_classifier
 from fastdiff.data import DataError, Dataset
 from fastdiff.unet2d import UNet2DConfig
@@ -403,6 +404,17 @@ def test_a_classifier_takes_no_memory_before_its_file_is_known_to_fit(tmp_path):
     ):
         checkpoint.write_tensors(path, tensors, about | odd)
         refused(lambda: load_classifier(path), f"unfitting weights or metadata: .*{match}", kind=CheckpointError)
+
+
+def test_a_state_takes_no_memory_before_its_file_is_known_to_fit(tmp_path):
+    small, path = small_dataset(), tmp_path / train.STATE
+    settings = train.Settings(steps=1, batch=2, channels=(8, 8), blocks=1, middle=0, timesteps=50)
+    train.train(settings, small, tmp_path)
+    tensors, about = checkpoint.read_tensors(path)
+    large = dataclasses.replace(settings, channels=(1024, 1024))
+    for digest, match in ((about["digest"], "is damaged: "), ("", "was trained on other data")):
+        checkpoint.write_tensors(path, tensors, about | {"settings": dataclasses.asdict(large), "digest": digest})
+        refused(lambda: train.train(large, small, tmp_path, resume=True), match)
 
 
 def npy(shape, dtype="|u1", body=b"", fortran=False, version=(1, 0)):

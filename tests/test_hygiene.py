@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import gc
 import json
-import logging
 import os
 import sys
 import threading
@@ -29,15 +28,6 @@ def quiet():
     """What is printed goes where it is not kept: a test that keeps it would grow itself."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         yield
-
-
-@pytest.fixture
-def log_after():
-    """The library's log as it was before."""
-    log = logging.getLogger("fastdiff")
-    before = log.handlers, log.level, log.propagate
-    yield
-    log.handlers, log.level, log.propagate = before
 
 
 def held() -> tuple[int, int]:

@@ -1,7 +1,11 @@
 """Training: that it learns, that a step is a function of its number, and that an interrupted run ends as an unbroken one."""
 
+import contextlib
 import dataclasses
+import functools
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import small_dataset
+from killing import Process, wait_for
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -19,7 +24,9 @@ import fastdiff
 from fastdiff import CheckpointError
 from fastdiff.checkpoint import read_tensors, write_tensors
 from fastdiff.data import Dataset
-from fastdiff.train import CHECKPOINT, STATE, Pool, Run, Settings, learning_rate, train
+from fastdiff.distributed import Group
+from fastdiff.runs import RunError, own_folder
+from fastdiff.train import CHECKPOINT, STATE, Pool, Run, Settings, learning_rate, main, train
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = Settings(steps=24, batch=8, channels=(16, 16), blocks=1, middle=0, timesteps=50, warmup=4)
@@ -52,7 +59,7 @@ def unbroken(tmp_path_factory):
 
 
 def test_writes_what_it_says(unbroken):
-    assert {p.name for p in unbroken.iterdir()} == {STATE, CHECKPOINT, "samples-000024.png", "loss.png"}
+    assert {p.name for p in unbroken.iterdir()} == {STATE, CHECKPOINT, "samples-000024.png", "loss.png", ".lock"}
     record = fastdiff.load(unbroken / CHECKPOINT).record
     assert record["step"] == 24
     assert [step for step, _ in record["loss"]] == [5, 10, 15, 20]
@@ -267,13 +274,133 @@ def test_few_timesteps_and_many_classes(tmp_path):
         assert picture.size == (8 * 24 + 7, 20 * 24 + 19)
 
 
-@pytest.mark.parametrize("change", [{"settings": None}, {"settings": {}}, {"history": 3}, {"step": "x"}])
-def test_a_damaged_state_is_one_line(unbroken, tmp_path, change):
+def test_stopped_before_the_first_step(unbroken, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("fastdiff.train.postponed_signals", lambda: contextlib.nullcontext([signal.SIGINT]))
+        with pytest.raises(KeyboardInterrupt, match="stopped at step 0 of 24"):
+            run(tmp_path)
+    run(tmp_path, resume=True)
+    one, two = load_file(unbroken / STATE), load_file(tmp_path / STATE)
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def waits(out):
+    """A training whose tenth step takes until somebody says enough."""
+    steps = []
+
+    def called(module, *_):
+        if type(module).__name__ == "UNet" and module.training:
+            steps.append(module)
+            while len(steps) == 10 and not out.with_name("enough").exists():
+                time.sleep(0.01)
+
+    torch.nn.modules.module.register_module_forward_pre_hook(called)
+    run(out)
+
+
+def test_a_second_training_in_one_folder_is_refused_and_the_first_undisturbed(unbroken, tmp_path):
+    out = tmp_path / "run"
+    process = Process(functools.partial(waits, out), tmp_path / "log")
+    try:
+        assert wait_for((out / STATE).exists, process), process.said()
+        who = f"{out} is being written to by process {process.pid} on "
+        for resume in (False, True):
+            with pytest.raises(RunError, match=who):
+                run(out, resume=resume)
+        done = subprocess.run([*command(out)[:7], "--resume"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.count("\n") == 1 and done.stderr.startswith(f"python -m fastdiff.train: {who}")
+        assert done.stderr.endswith("; wait for it, or give another --out\n")
+    finally:
+        (tmp_path / "enough").touch()
+    assert process.wait() == 0, process.said()
+    assert_same_files(unbroken, out)
+
+
+def test_parts_are_removed_by_the_one_that_holds_the_folder(tmp_path):
+    """Not those of a process that has yet to save for the first time."""
+    part = tmp_path / f".{STATE}.1.part"
+    with own_folder(tmp_path, Group()):
+        part.touch()
+        with pytest.raises(RunError, match=f"is being written to by process {os.getpid()} on "):
+            run(tmp_path)
+        assert part.exists()
+    run(tmp_path, steps=1)
+    assert not part.exists()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path, small = tmp_path_factory.mktemp("data") / "data.npz", small_dataset()
+    np.savez(path, images=small.images, labels=small.labels, classes=np.array(small.classes), test=small.test)
+    return path
+
+
+def refused(out, source, match):
+    """By the command that takes all its settings from the state."""
+    before = (out / STATE).read_bytes()
+    with pytest.raises(CheckpointError, match=match) as caught:
+        main(["--device", "cpu", "--data", str(source), "--out", str(out), "--resume", "--steps", "70"])
+    text = str(caught.value)
+    assert text.isprintable() and len(text) <= 1000
+    assert (out / STATE).read_bytes() == before
+    assert not (out / CHECKPOINT).exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": None}, {"settings": {}}, {"settings": []}, {"history": 3}, {"history": [["a", "b"]]}, {"history": [[5, "0.5"]]},
+        {"history": [[5]]}, {"history": [[5, 0.5, 1]]}, {"history": [5]}, {"history": [[25, 0.5]]}, {"history": [[-1, 0.5]]},
+        {"history": [[True, 0.5]]}, {"history": [[5, 10**400]]}, {"held_out": [["a", {}]]}, {"held_out": None}, {"step": "x"}, {"step": -10},
+        {"step": 25}, {"step": 6.0}, {"step": True}, {"step": None}, {"step": math.inf}, {"step": 10**400}, {"seconds": None},
+        {"seconds": "1"}, {"seconds": -1.0}, {"seconds": math.nan}, {"seconds": 10**400},
+    ],
+)  # fmt: skip
+def test_a_damaged_state_is_one_line(unbroken, source, tmp_path, log_after, change):
     tensors, about = read_tensors(unbroken / STATE)
     write_tensors(tmp_path / STATE, tensors, about | change)
-    with pytest.raises(CheckpointError, match=r"damaged|no training run") as caught:
-        run(tmp_path, resume=True)
-    assert "\n" not in str(caught.value)
+    (name,) = change
+    refused(tmp_path, source, rf"is the state of no training run that this version knows: .*{'' if name == 'settings' else name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", None), ("steps", 10**400), ("batch", 2.5), ("batch", 0), ("batch", True), ("batch", 1 << 40), ("lr", "abc"),
+        ("lr", math.nan), ("lr", [0.1]), ("warmup", -1), ("decay", {}), ("ema", None), ("ema", 1.5), ("drop_label", True),
+        ("balance", "zz"), ("balance", -math.inf), ("flip", 1), ("seed", -1), ("seed", 1 << 64), ("schedule", "edm"),
+        ("schedule", ["cosine"]), ("timesteps", 1 << 40), ("prediction", "\x1b"), ("prediction", {}), ("channels", []),
+        ("channels", 16), ("channels", "16"), ("channels", [16.0]), ("channels", [10**400]), ("channels", [16] * 10_000),
+        ("patch", 0), ("blocks", "1"), ("middle", -1),
+    ],
+)  # fmt: skip
+def test_a_state_of_settings_that_there_cannot_be_is_one_line(unbroken, source, tmp_path, log_after, name, value):
+    tensors, about = read_tensors(unbroken / STATE)
+    write_tensors(tmp_path / STATE, tensors, about | {"settings": about["settings"] | {name: value}})
+    refused(tmp_path, source, rf"that this version knows: {name} is .*it must be ")
+
+
+def test_a_state_of_unfitting_tensors_is_one_line(unbroken, source, tmp_path, log_after):
+    tensors, about = read_tensors(unbroken / STATE)
+    moment = "adam.0.exp_avg"
+    for change, gone, match in (
+        ({"adam.999.step": torch.zeros(())}, None, "adam.999.step is [], should be not there"),
+        ({"adam.-1.step": torch.zeros(())}, None, "adam.-1.step is"),
+        ({"adam.x": torch.zeros(())}, None, "adam.x is"),
+        ({"more": torch.zeros(2)}, None, "more is [2], should be not there"),
+        ({"renamed": tensors[moment]}, moment, "adam.0.exp_avg is not there, should be [256, 128]"),
+        ({}, "adam.0.step", "adam.0.step is not there, should be []"),
+        ({}, "ema.stem.weight", "ema.stem.weight is not there"),
+        ({moment: tensors[moment][:1]}, None, "adam.0.exp_avg is [1, 128], should be [256, 128]"),
+        ({moment: tensors[moment].double()}, None, "adam.0.exp_avg as torch.float64, should be torch.float32"),
+        ({"losses": torch.zeros(())}, None, "losses of the shape []"),
+        ({"losses": torch.zeros(25)}, None, "losses of the shape [25] after 24 steps"),
+    ):
+        write_tensors(tmp_path / STATE, {k: v for k, v in (tensors | change).items() if k != gone}, about)
+        refused(tmp_path, source, rf"is damaged: it (does not fit its own settings: |holds ){re.escape(match)}")
+    write_tensors(tmp_path / STATE, tensors, about | {"step": 0, "history": [], "held_out": []})
+    refused(tmp_path, source, re.escape("holds losses of the shape [4] after 0 steps"))
 
 
 def test_nothing_to_train_on(tmp_path):

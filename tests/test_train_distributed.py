@@ -18,19 +18,20 @@ import numpy as np
 import pytest
 import torch
 from helpers import small_dataset
-from killing import ranks
+from killing import ranks, wait_for
 from safetensors.torch import load_file
 
 import fastdiff
 from fastdiff import data
 from fastdiff.checkpoint import read_tensors
 from fastdiff.distributed import Group
-from fastdiff.train import ASK_S, ASK_STEPS, CHECKPOINT, STATE, Run, Settings, fingerprint, main, steps_to_ask, train
+from fastdiff.runs import RunError
+from fastdiff.train import ASK_S, ASK_STEPS, CHECKPOINT, STATE, Settings, fingerprint, main, steps_to_ask, train
 
 ROOT = Path(__file__).parent.parent
 # 10 examples are 5 + 5 and 2 + 3 + 2 + 3. Without a decay, a run of fewer steps is the beginning of one of more.
 SETTINGS = Settings(steps=24, batch=10, channels=(16, 16), blocks=1, middle=0, timesteps=50, warmup=4, decay=0.0)
-FILES = {STATE, CHECKPOINT, "loss.png", "samples-000024.png"}
+FILES = {STATE, CHECKPOINT, "loss.png", "samples-000024.png", ".lock"}
 
 # What several processes add up in another order differs by the rounding of fp32, and Adam divides by the size of a gradient, however small.
 # Weights that move by 1.5e-3 a step were 3e-6 apart after 24 steps, losses near 1 by 1.2e-7. With every rank's share weighted alike, whether
@@ -55,7 +56,7 @@ Run.new = staticmethod(lambda *a: runs.append(new(*a)) or runs[-1])
 
 def opened(event, args):
     if event == "open" and str(args[0]).startswith(job["out"]) and args[2] & (os.O_WRONLY | os.O_RDWR):
-        written.append(args[0])
+        written.append(str(args[0]).removeprefix(job["out"]))
 
 def called(module, *_):
     if type(module).__name__ == "UNet" and not module.training:
@@ -76,7 +77,7 @@ with join() as group:
         except KeyboardInterrupt as e:
             end = f"stopped: {e}"
         weights = b"".join(p.detach().numpy().tobytes() for m in (runs[-1].model, runs[-1].ema) for p in m.parameters())
-        note = [end, hashlib.sha256(weights).hexdigest(), len(written), len(averaged)]
+        note = [end, hashlib.sha256(weights).hexdigest(), len([name for name in written if name != "/.lock"]), len(averaged)]
         Path(source).with_name(f"{group.world}-{number}-{group.rank}").write_text(json.dumps(note))
 """
 
@@ -293,7 +294,23 @@ def test_a_killed_process_is_started_again_and_the_run_goes_on(source, tmp_path)
     assert "another process of this job has ended" in said[0]
     assert stdout.count("trained on") == 1
     assert_alike(alone(tmp_path / "whole", 36, options={"log_every": 50, "save_every": 12}), out)
-    assert list(out.glob(".*")) == []
+    assert [p.name for p in out.glob(".*")] == [".lock"]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_folder_that_a_group_trains_in_is_refused_to_a_third_until_all_have_ended(source, tmp_path, victim):
+    out = tmp_path / "run"
+    processes = ranks(functools.partial(main, flags(source, out, dataclasses.replace(SETTINGS, steps=100_000))), 2, tmp_path)
+    try:
+        assert wait_for((out / STATE).exists, processes[0]), processes[0].said()
+        with pytest.raises(RunError, match=f"is being written to by process {processes[0].pid} on "):
+            alone(out, 1, options={"resume": True})
+    finally:
+        processes[victim].signal(signal.SIGKILL)
+    assert [p.wait() for p in processes] == [-9 if rank == victim else 2 for rank in range(2)], [p.said() for p in processes]
+    step = read_tensors(out / STATE)[1]["step"]
+    alone(out, step + 1, options={"resume": True})
+    assert read_tensors(out / STATE)[1]["step"] == step + 1
 
 
 def test_a_restart_goes_on_with_nothing_but_what_its_own_torchrun_saved(tmp_path):
@@ -370,7 +387,7 @@ cli.run(train.main, train.PROG)
     assert {"2"} <= {*re.findall(r"exitcode +: (-?\d+) ", stderr)} <= {"2", str(-signal.SIGTERM)}
     assert read_tensors(out / STATE)[1]["step"] == 6
     assert all(v.isfinite().all() for v in load_file(out / STATE).values())
-    assert list(out.glob(".*")) == []
+    assert [p.name for p in out.glob(".*")] == [".lock"]
 
 
 def test_more_processes_than_examples(tmp_path):
@@ -390,9 +407,7 @@ def test_a_rank_that_sees_another_run_does_not_join(tmp_path, monkeypatch):
 
 def test_what_the_ranks_must_have_in_common():
     def of(step=0, digest="a", **changes):
-        run = Run.new(dataclasses.replace(SETTINGS, **changes), small_dataset(), torch.device("cpu"))
-        run.step = step
-        return int(fingerprint(run, digest))
+        return int(fingerprint(dataclasses.replace(SETTINGS, **changes), digest, step))
 
     assert of() == of()
     assert len({of(), of(step=1), of(digest="b"), of(lr=1e-3)}) == 4
