@@ -348,19 +348,45 @@ def touched(model: nn.Module) -> bool:
     return any("forward" in vars(module) or any(getattr(module, name) for name in hooks) for module in model.modules())
 
 
+# What a module says of itself that has no part in what it computes without gradients, in eval mode; and what `adopted` looks at apart.
+ASIDE = ("training", "gradient_checkpointing", "processor")
+
+
+def traits(model: nn.Module) -> tuple[Any, ...]:
+    """What a network computes by, besides its weights: of each module its place, type and plain attributes, and what has been put upon it."""
+    found = []
+    for name, module in model.named_modules():
+        own = [(key, value) for key, value in vars(module).items() if key[0] != "_" and key not in ASIDE]
+        plain = {key: value for key, value in own if value is None or isinstance(value, (int, float, str, tuple))}
+        put = [key for key, value in own if callable(value)]  # a `forward` of the module's own, for one
+        put += [f"{kind} {key}" for kind in ("_forward_hooks", "_forward_pre_hooks") for key in getattr(module, kind)]
+        found.append((name, type(module), tuple(plain.items()), tuple(put)))
+    return tuple(found)
+
+
+def _as_made(model: nn.Module, settings: dict[str, Any]) -> bool:
+    """Whether a network is what its class makes of its settings: no module and no attribute of another kind or value, and nothing put upon any."""
+    with torch.device("meta"):
+        made = traits(type(model)(**settings))
+    given = traits(model)
+    return len(given) == len(made) and all(
+        (name, kind, put) == (*other[:2], other[3]) and dict(plain).items() >= dict(other[2]).items()
+        for (name, kind, plain, put), other in zip(given, made, strict=True)
+    )
+
+
 def adopted(model: nn.Module, num_classes: int | None) -> nn.Module:
-    """A UNet2D of the same parameters, if the network is diffusers' UNet2DModel and nothing but that: no class of one's own, hooks, adapters, attention
-    processors or modules that have been given another `forward`; and if it has classes where classes are spoken of. Else the network itself."""
+    """A UNet2D of the same parameters, if the network is diffusers' UNet2DModel and nothing but that: no class of one's own, hooks, adapters or
+    attention processors, and no module or setting of one (padding_mode, say) that its config does not make; and if it has classes where classes are
+    spoken of. Else the network itself."""
     if (type(model).__module__, type(model).__qualname__) != ("diffusers.models.unets.unet_2d", "UNet2DModel"):
         return model
-    modules = [*model.modules()]
-    processors = {type(m.processor).__name__ for m in modules if hasattr(m, "processor")}
-    foreign = any(not type(m).__module__.startswith(("torch.nn.modules.", "diffusers.models.")) for m in modules)
-    if touched(model) or foreign or processors - {"AttnProcessor", "AttnProcessor2_0"}:
+    processors = {type(m.processor).__name__ for m in model.modules() if hasattr(m, "processor")}
+    if touched(model) or processors - {"AttnProcessor", "AttnProcessor2_0"}:
         return model
     try:
         config = UNet2DConfig.from_config(dict(model.config))  # type: ignore[arg-type]
-        if (config.num_class_embeds is None) != (num_classes is None):
+        if (config.num_class_embeds is None) != (num_classes is None) or not _as_made(model, config.config):
             return model
         with torch.device("meta"):
             made = UNet2D(config)

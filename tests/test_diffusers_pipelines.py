@@ -512,8 +512,18 @@ def test_the_native_network_is_taken_where_it_can_be():
         lambda model: setattr(model.conv_in, "forward", lambda x: 2 * x),
         lambda model: setattr(model, "conv_in", type("Scaled", (torch.nn.Conv2d,), {"__module__": "mine"})(3, 8, 3, padding=1)),
         lambda model: setattr(model.conv_in, "bias", None),
-    ):
+        *(lambda model, name=name, value=value: setattr(model.down_blocks[0].resnets[0].conv1, name, value)
+          for name, value in {"padding_mode": "circular", "padding": (2, 2), "dilation": (2, 2), "stride": (2, 2)}.items()),
+        lambda model: setattr(model.down_blocks[0].resnets[0], "output_scale_factor", 2.0),
+        lambda model: setattr(model.mid_block.attentions[0], "scale", 1.0),
+        lambda model: setattr(model.mid_block.resnets[0], "nonlinearity", torch.nn.GELU()),
+        lambda model: setattr(model.conv_norm_out, "eps", 1e-3),
+        lambda model: model.register_to_config(norm_eps=1e-3),
+        lambda model: setattr(model.mid_block.resnets[0].dropout, "p", 0.5),
+    ):  # fmt: skip
         changed = unet()
+        changed.enable_gradient_checkpointing()
+        changed.note = "of its owner's"
         assert isinstance(adopted(changed, None), fastdiff.unet2d.UNet2D)
         change(changed)
         assert adopted(changed, None) is changed
