@@ -280,11 +280,11 @@ def images(v: Tensor, box: list[int]) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(v.reshape(-1).view(v.shape), box)
 
 
-def check(name: str, v: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
-    """Assert what a kernel relies on."""
-    assert v.shape == shape and v.dtype in dtypes and v.is_contiguous() and v.device == device and v.data_ptr() % 16 == 0, (
-        f"{name} must be contiguous and aligned to 16 bytes, {' or '.join(str(d).removeprefix('torch.') for d in dtypes)} {list(shape)} on {device}, "
-        f"not {v.dtype} {list(v.shape)} on {v.device}"
+def check(name: str, v: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device, aligned: int = 16) -> None:
+    """Assert what a kernel relies on. aligned: to so many bytes; what is read a number at a time may stand anywhere."""
+    assert v.shape == shape and v.dtype in dtypes and v.is_contiguous() and v.device == device and v.data_ptr() % aligned == 0, (
+        f"{name} must be contiguous and aligned to {aligned} bytes, {' or '.join(str(d).removeprefix('torch.') for d in dtypes)} {list(shape)} "
+        f"on {device}, not {v.dtype} {list(v.shape)} on {v.device}"
     )
 
 
@@ -303,7 +303,7 @@ def prepared(
     for v in norms:
         check("each of norms", v, (c_out,), (torch.float32,), like.device)
     if inverse is not None:
-        check("inverse", inverse, (len(norms) // 2,), (torch.float32,), like.device)
+        check("inverse", inverse, (len(norms) // 2,), (torch.float32,), like.device, aligned=4)
     y = like.new_empty(shape, dtype=dtype) if raw else None
     results: list[Tensor | None] = [
         like.new_empty(shape, dtype=dtype if inverse is None else torch.float8_e4m3fn) if i < len(norms) // 2 else None for i in range(2)

@@ -118,7 +118,7 @@ def group_norm_silu(
     if which is not None:
         check("which", which, (n,), (torch.int64,), x.device)
     if inverse is not None:
-        check("inverse", inverse, (1,), (torch.float32,), x.device)
+        check("inverse", inverse, (1,), (torch.float32,), x.device, aligned=4)
     y = torch.empty_like(x, dtype=x.dtype if inverse is None else torch.float8_e4m3fn)
     if x.numel():
         pixels, size = height * width, channels // groups
