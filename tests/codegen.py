@@ -78,29 +78,44 @@ def executed(sass: str) -> collections.Counter[str]:
     return counts
 
 
-def report(kernel: str, arch: int, dtype: str = "fp32", numel: int = 768, **flags: Any) -> dict[str, Any]:
-    """Resources, instructions an element and opcodes of one kernel as its launcher would compile it for `arch`."""
+def block() -> dict[str, Any]:
+    from fastdiff.kernels import philox
+
+    return philox.BLOCK
+
+
+def compiled(kernel: str, arch: int, dtype: str = "fp32", numel: int = 768, **flags: Any) -> Any:
+    """One kernel as its launcher would compile it for `arch`."""
     import importlib
 
-    block = importlib.import_module("fastdiff.kernels.philox").BLOCK
     fn = getattr(importlib.import_module(f"fastdiff.kernels.{kernel}"), f"{kernel}_kernel")
-    options = {key: block[key] for key in ("num_warps", "enable_fp_fusion")}
-    constants = {"NUMEL": numel, "PTX": arch, "R": block["R"], "P": block["P"], **flags}
-    types = dict.fromkeys(fn.arg_names, "*fp32")
+    options = {key: block()[key] for key in ("num_warps", "enable_fp_fusion")}
+    constants = {"NUMEL": numel, "PTX": arch, "R": block()["R"], "P": block()["P"], **flags}
+    types = dict.fromkeys(fn.arg_names, "*fp64" if dtype == "fp64" else "*fp32")
     types |= {"row_ptr": "*i32", "counter_ptr": "*i32", "seeds_ptr": "*i64", "ids_ptr": "*i64", "t_ptr": "*i64", "n": "i32"}
     types |= dict.fromkeys(("m_ptr", "model_input_ptr", "x_t_ptr", "target_ptr", "noise_ptr"), f"*{dtype}")
     if kernel == "add_noise":
         types["x0_ptr"] = f"*{dtype}"
     if kernel == "scheduler_step":
         types |= dict.fromkeys(("x_ptr", "x0_ptr", "out_ptr"), f"*{dtype}") | {"rows_ptr": "*i64"}
-    compiled = compile_offline(fn, types, constants, arch, options)
-    cubin = compiled["cubin"]
-    tiles = rf"tt\.(?:load|store) .*tensor<{block['R'] * block['P']}x4x!tt\.ptr<f32>, (#\w+)>"
+    return compile_offline(fn, types, constants, arch, options)
+
+
+def clamps(asm: Any) -> dict[str, int]:
+    """How often each instruction stands in the PTX that takes the smaller or larger of two numbers, or looks for NaN."""
+    return collections.Counter(re.findall(r"\b((?:min|max|setp\.nan)\.[\w.]*f(?:32|64))\b", asm["ptx"]))
+
+
+def report(case: dict[str, Any]) -> dict[str, Any]:
+    """Resources, instructions an element, opcodes and clamps of one kernel."""
+    asm = compiled(**case)
+    cubin, rows, columns = asm["cubin"], block()["R"], block()["P"]
+    tiles = rf"tt\.(?:load|store) .*tensor<{rows * columns}x4x!tt\.ptr<f32>, (#\w+)>"
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", cuobjdump(cubin, "-res-usage"))}
     opcodes = executed(cuobjdump(cubin, "-sass"))
-    elements = 4 * block["R"] * block["P"] // (32 * block["num_warps"])
-    layouts = sorted(set(re.findall(tiles, compiled["ttgir"])))
-    return {"used": used, "opcodes": dict(opcodes), "per_element": sum(opcodes.values()) / elements, "fp32_layouts": layouts}
+    per_element = sum(opcodes.values()) * 32 * block()["num_warps"] / (4 * rows * columns)
+    layouts = sorted(set(re.findall(tiles, asm["ttgir"])))
+    return {"used": used, "opcodes": dict(opcodes), "per_element": per_element, "fp32_layouts": layouts, "clamps": clamps(asm)}
 
 
 PLAIN = {"GUIDED": False, "PAIRED": False, "HISTORY": 0, "VARIANCE": False, "noise_ptr": None}
@@ -148,13 +163,18 @@ CASES |= {
     **{f"scheduler_step {name} sm_90": case for name, case in SCHEDULED.items()},
     "add_noise no target fp32 sm_90": {"kernel": "add_noise", "arch": 90, "target_ptr": None} | _made,
 }
+# Of which only the clamps are looked at: division in fp64 is a call.
+EXACT = {
+    "scheduler_step fp64 sm_90": _but(_alone, dtype="fp64"),
+    "scheduler_step limit fp64 sm_90": _but(_alone, "limit_ptr", dtype="fp64"),
+}
 
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    reports = {name: report(**case) for name, case in CASES.items()}
+    reports = {name: report(case) for name, case in CASES.items()}
     if "--json" in sys.argv:
-        print(json.dumps(reports))
+        print(json.dumps(reports | {name: {"clamps": clamps(compiled(**case))} for name, case in EXACT.items()}))
     else:
         for name, r in reports.items():
             wide = {o: c for o, c in r["opcodes"].items() if o.startswith(("LDG", "STG"))}

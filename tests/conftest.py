@@ -44,7 +44,10 @@ def pytest_cmdline_main(config) -> None:
         config.option.loadscopereorder = False
 
 
-def pytest_collection_modifyitems(items) -> None:
+def pytest_collection_modifyitems(config, items) -> None:
+    """In workers, which deal out files in this order; without them, tests run in the order that the command names."""
+    if not hasattr(config, "workerinput"):
+        return
     slow = [f"test_{name}.py" for name in SLOW]
     items.sort(key=lambda item: slow.index(item.path.name) if item.path.name in slow else len(slow))
 
@@ -54,6 +57,18 @@ def cache(tmp_path_factory):
     """No test, and no command that one starts, looks at what was measured on this machine before."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTDIFF_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def in_bounds():
+    """In the interpreter no kernel touches memory outside of its arguments; on a GPU compute-sanitizer looks (see benchmarks/gpu)."""
+    if CUDA:
+        yield
+        return
+    from helpers import within_arguments
+
+    with within_arguments():
         yield
 
 

@@ -1,9 +1,11 @@
 """Small networks, networks that know their data, and the reverse loop written out, that several tests use."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -151,3 +153,33 @@ def by_hand(
             saved[int(r["slot"])] = r["save_x"] * x + r["save_x0"] * x0
         x, before, scale = new if after is None else after(row, new), x0, r["c_next"]
     return x.float()
+
+
+@contextmanager
+def within_arguments() -> Iterator[None]:
+    """Triton's interpreter raises where a kernel loads or stores outside of the tensors that it was given, even what it then makes no use of."""
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+    spans: list[tuple[int, int]] = []
+    launch = GridExecutor.__call__
+
+    def launched(self: Any, *given: Any, **named: Any) -> Any:
+        tensors = [v for v in (*given, *named.values()) if isinstance(v, Tensor)]
+        spans[:] = [(v.data_ptr(), v.data_ptr() + v.numel() * v.element_size()) for v in tensors]
+        return launch(self, *given, **named)
+
+    def watched(access: Callable[..., Any], mask: int) -> Callable[..., Any]:
+        def call(self: Any, pointers: Any, *rest: Any) -> Any:
+            start = pointers.data[rest[mask].data.astype(bool)].astype(np.int64)
+            stop = start + pointers.get_element_ty().primitive_bitwidth // 8
+            within = np.any([(first <= start) & (stop <= last) for first, last in spans], axis=0)
+            assert within.all(), f"{access.__name__} outside of the arguments, {(~within).sum()} times"
+            return access(self, pointers, *rest)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", launched)
+        for name, mask in (("create_masked_load", 0), ("create_masked_store", 1)):
+            patch.setattr(InterpreterBuilder, name, watched(getattr(InterpreterBuilder, name), mask))
+        yield

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from triton.runtime import InterpreterError
 
 from fastdiff import ops, reference
 from fastdiff.kernels import add_noise as kernels
+
+pytestmark = pytest.mark.usefixtures("in_bounds")
 
 CUDA = torch.cuda.is_available()
 BATCHES = [(0, (3, 16, 16)), (1, (3, 16, 16)), (7, (1, 28, 28)), (65, (1, 5, 5)), (7, (3, 5, 5)), (65, (3, 16, 16))]
@@ -76,6 +79,15 @@ def test_a_sample_does_not_depend_on_its_batch(device):
         one = slice(i, i + 1)
         alone = kernels.add_noise(x0[one], t[one], table, None, seeds[one], ids[one], counter, True)
         assert torch.equal(alone[0][0], together[0][i]) and torch.equal(alone[1][0], together[1][i])
+
+
+@pytest.mark.skipif(CUDA, reason="of the interpreter")
+@pytest.mark.parametrize("timestep", [-1, 50])
+def test_a_read_outside_of_the_arguments_is_seen(timestep, device):
+    x0, t, table, noise, *_ = batch(3, (3, 5, 5), torch.float32, device)
+    t[1] = timestep
+    with pytest.raises(InterpreterError, match="create_masked_load outside of the arguments"):
+        kernels.add_noise(x0, t, table, noise, None, None, None, True)
 
 
 def test_launcher_refuses_what_it_would_misread(device):

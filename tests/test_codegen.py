@@ -87,3 +87,15 @@ def test_philox_is_two_wide_multiplies_a_round(case, reports):
     opcodes = reports[case]["opcodes"]
     assert 146 <= opcodes["IMAD.WIDE.U32"] <= 152
     assert opcodes.get("IMAD.HI.U32", 0) <= 3
+
+
+@pytest.mark.parametrize("case", [*(case for case in codegen.CASES if "_step" in case), *codegen.EXACT])
+def test_a_clamp_keeps_nan(case, reports):
+    """A minimum without NaN in its name makes the limit of it, and images of a broken network; the interpreter's keeps it in any case."""
+    found = reports[case]["clamps"]
+    if "fp64" in case:  # for which there is no such instruction
+        assert found == {"setp.nan.f64": 64, "min.f64": 32, "max.f64": 32}
+    elif "sm_80" in case or "limit" in case:
+        assert found == {"min.NaN.f32": 32, "max.NaN.f32": 32}
+    else:
+        assert found == {"min.NaN.xorsign.abs.f32": 32}

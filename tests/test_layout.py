@@ -83,6 +83,10 @@ def test_public_names():
     assert wanted <= set(fastdiff.__all__)
 
 
+def conftest(pytestconfig):
+    return pytestconfig.pluginmanager.get_plugin(str(Path(__file__).with_name("conftest.py")))
+
+
 @pytest.mark.parametrize(("worker", "named"), [(False, False), (True, False), (False, True)])
 def test_the_suite_is_shared_once(worker, named, pytestconfig, monkeypatch):
     """By workers that have none of their own, which would have workers in turn, and where no tests are named."""
@@ -94,10 +98,19 @@ def test_the_suite_is_shared_once(worker, named, pytestconfig, monkeypatch):
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     if worker:
         monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
-    own = pytestconfig.pluginmanager.get_plugin(str(Path(__file__).with_name("conftest.py")))
+    own = conftest(pytestconfig)
     own.pytest_cmdline_main(config)
     shared = not worker and not named and not own.CUDA and pytestconfig.pluginmanager.hasplugin("xdist")
     assert (option.numprocesses is not None) == (option.dist == "loadfile") == shared
+
+
+@pytest.mark.parametrize("worker", [False, True])
+def test_slow_files_come_first_in_workers_only(worker, pytestconfig):
+    """benchmarks/gpu names the kernels' tests first, should the time not do for all."""
+    items = [SimpleNamespace(path=Path(f"tests/test_{name}.py")) for name in ("ops", "runs", "unet", "sample")]
+    conftest(pytestconfig).pytest_collection_modifyitems(SimpleNamespace(**({"workerinput": {}} if worker else {})), items)
+    wanted = ("sample", "runs", "ops", "unet") if worker else ("ops", "runs", "unet", "sample")
+    assert [item.path.stem for item in items] == [f"test_{name}" for name in wanted]
 
 
 def test_sampling_on_a_cpu_does_not_wait_for_the_compiler():

@@ -7,6 +7,8 @@ from fastdiff import ops, reference
 from fastdiff.kernels import scheduler_step as kernels
 from fastdiff.kernels import solver_step as in_place
 
+pytestmark = pytest.mark.usefixtures("in_bounds")
+
 CUDA = torch.cuda.is_available()
 RUNS = [kernels.scheduler_step, ops.scheduler_step] if CUDA else [kernels.scheduler_step]
 BATCHES = [(0, (3, 16, 16)), (1, (3, 16, 16)), (7, (1, 28, 28)), (65, (1, 5, 5)), (7, (3, 5, 5)), (33, (3, 16, 16))]

@@ -8,6 +8,8 @@ import torch
 from fastdiff import ops, reference
 from fastdiff.kernels import solver_step as kernels
 
+pytestmark = pytest.mark.usefixtures("in_bounds")
+
 CUDA = torch.cuda.is_available()
 RUNS = [kernels.solver_step, ops.solver_step] if CUDA else [kernels.solver_step]
 BATCHES = [(0, (3, 16, 16)), (1, (3, 16, 16)), (7, (1, 28, 28)), (65, (1, 5, 5)), (7, (3, 5, 5)), (65, (3, 16, 16))]
