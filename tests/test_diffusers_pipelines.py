@@ -598,8 +598,9 @@ def test_few_images_are_made_in_our_loop(n, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize(("kind", "call"), [("ddpm", {}), ("ddim", {}), ("ddim", {"eta": 0.7})])
-def test_on_a_gpu_too(kind, call):
+def test_on_a_gpu_too(kind, call, monkeypatch):
     """fp32, the network compiled and captured: other sums than cuDNN's, over twenty steps."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     pipe = pipeline(kind).to("cuda")
     wanted, state = images(pipe, 5, 20, **call)
     got, after = images(ours.accelerate(pipe, micro_batch=2), 5, 20, **call)

@@ -55,7 +55,7 @@ def figures(monkeypatch):
 
 
 def draw(kind, folder, **options):
-    return gallery.KINDS[kind](checkpoint(), folder, Options(**options))
+    return gallery.KINDS[kind](checkpoint(), folder, Options(device="cpu", **options))
 
 
 def pixels(images):
@@ -145,7 +145,7 @@ def test_reverse_starts_at_the_seeds_noise_and_ends_at_the_samplers_images(figur
 def test_posterior_has_one_noisy_sprite_and_its_many_completions(figures, tmp_path):
     draw("posterior", tmp_path, seed=5, steps=(20,))
     (clean, many) = figures
-    assert np.array_equal(clean[0][0][0], gallery._sprites(checkpoint(), Options(seed=5), 1)[0])
+    assert np.array_equal(clean[0][0][0], gallery._sprites(checkpoint(), Options(device="cpu", seed=5), 1)[0])
     noisy = clean[0][0][1:] + clean[0][1][1:]
     assert clean[0][1][0] is None and len({tile.tobytes() for tile in noisy}) == len(noisy)
     spreads = []
@@ -244,10 +244,10 @@ def test_likelihood_says_the_models_own_bits(figures, tmp_path):
 def test_shipped_sprites_are_taken_where_the_network_knows_them():
     shipped = fastdiff.load("sprites")
     _, held = data.load().split()
-    sprites = gallery._sprites(shipped, Options(label=3), 4)
+    sprites = gallery._sprites(shipped, Options(device="cpu", label=3), 4)
     known = {image.tobytes() for image in held.images[held.labels == 3]}
     assert {sprite.tobytes() for sprite in sprites} <= known
-    assert np.array_equal(gallery._picture(shipped, Options(image="17")), data.load().images[17])
+    assert np.array_equal(gallery._picture(shipped, Options(device="cpu", image="17")), data.load().images[17])
 
 
 @pytest.mark.parametrize(("name", "mode", "size"), [("a.png", "RGBA", (8, 8)), ("b.gif", "P", (16, 16)), ("c.bmp", "L", (5, 11))])
@@ -257,7 +257,7 @@ def test_an_image_of_any_kind_becomes_one_of_the_networks(tmp_path, name, mode, 
     picture.convert(mode).save(tmp_path / name)
     for channels in (1, 3):
         net = Checkpoint(small_network(config=replace(SMALL, shape=(channels, 8, 8))), Schedule.cosine(50), "epsilon", ("a", "b", "c"))
-        found = gallery._picture(net, Options(image=str(tmp_path / name)))
+        found = gallery._picture(net, Options(device="cpu", image=str(tmp_path / name)))
         assert found.shape == (8, 8, channels) and found.dtype == np.uint8
     if mode == "RGBA":
         assert (found[:4] == [200, 40, 40]).all() and (found[4:] == 255).all()  # clear is white
@@ -266,21 +266,21 @@ def test_an_image_of_any_kind_becomes_one_of_the_networks(tmp_path, name, mode, 
 def test_networks_without_classes_have_pictures_too(tmp_path):
     net = Checkpoint(small_network(config=replace(SMALL, num_classes=None)), Schedule.cosine(50), "epsilon")
     for kind in ("forward", "reverse", "posterior", "solvers", "interpolate", "likelihood"):
-        made = gallery.KINDS[kind](net, tmp_path, Options(steps=(3,), scale=4))
+        made = gallery.KINDS[kind](net, tmp_path, Options(device="cpu", steps=(3,), scale=4))
         assert sorted(m.path.name for m in made) == FILES[kind]
     with pytest.raises(ValueError, match="guidance needs a network with classes, and this checkpoint has none"):
-        gallery.KINDS["guidance"](net, tmp_path, Options())
+        gallery.KINDS["guidance"](net, tmp_path, Options(device="cpu"))
 
 
 @pytest.mark.parametrize("shown", ["v", "flow"])
 def test_other_schedules_and_predictions(tmp_path, shown):
     net = replace(small_checkpoint(), schedule=Schedule.flow(50) if shown == "flow" else Schedule.cosine(50), prediction=shown)
-    options = Options(steps=(10,), scale=4)
+    options = Options(device="cpu", steps=(10,), scale=4)
     made = [picture for kind in ("forward", "reverse", "posterior") for picture in gallery.KINDS[kind](net, tmp_path, options)]
     assert len(made) == 6
     if shown == "flow":
         with pytest.raises(ValueError, match="a likelihood needs a network that says epsilon, v or x0"):
-            gallery.KINDS["likelihood"](net, tmp_path, Options())
+            gallery.KINDS["likelihood"](net, tmp_path, Options(device="cpu"))
 
 
 def test_the_command_writes_and_says_where(net, tmp_path, monkeypatch, capsys):
@@ -295,7 +295,7 @@ def test_the_command_writes_and_says_where(net, tmp_path, monkeypatch, capsys):
     ]
     assert "reverse" in stderr and "step/s" in stderr  # a progress bar
     assert sorted(p.name for p in Path("show").iterdir()) == FILES["reverse"]
-    alone = gallery.KINDS["reverse"](fastdiff.load(net), tmp_path / "b", Options(steps=(3,), label=1, scale=2, seed=9))
+    alone = gallery.KINDS["reverse"](fastdiff.load(net), tmp_path / "b", Options(device="cpu", steps=(3,), label=1, scale=2, seed=9))
     assert [m.path.read_bytes() for m in alone] == [Path(f"show/{m.path.name}").read_bytes() for m in alone]
     Path("show/notes.txt").write_text("keep me")
     show.main(["forward", "--checkpoint", net, "--device", "cpu", "--image", "3"])
@@ -338,7 +338,7 @@ def test_bad_input_is_one_line(net, tmp_path, monkeypatch, capsys, flags, text):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("no picture, no folder")
     if flags and flags[0] not in ("field", "film"):
-        flags = [flags[0], "--checkpoint", net, *flags[1:]]
+        flags = [flags[0], "--checkpoint", net, "--device", "cpu", *flags[1:]]
     with pytest.raises(SystemExit) as caught:
         cli.run(lambda: show.main(flags), show.PROG)
     assert caught.value.code == 2
