@@ -1,7 +1,7 @@
 """Who fastdiff is measured against, all with the same network, solver, steps and dtype: each a `Peer`, called for n images.
 
-For "ddim" all of them take the same steps from the same noise, so their images agree; `bench_sampler` checks it. Whoever is not
-installed, or cannot do what is asked, raises `LeftOutError` with the reason, which stands in the row.
+All of them take the same steps, so from the same noise a solver that adds none brings them to the same images, to rounding; `bench_sampler` checks it
+before it times them. Whoever is not installed, or cannot do what is asked, raises `LeftOutError` with the reason, which stands in the row.
 """
 
 from __future__ import annotations
@@ -53,17 +53,24 @@ class Task:
     def labels(self, n: int, device: torch.device | str | None = None) -> Tensor | None:
         return None if self.num_classes is None else torch.arange(n, device=device or self.device) % self.num_classes
 
+    def noise(self, n: int, seed: int | None = None) -> Tensor:
+        """What a run begins with, fp32: of a seed what diffusers' pipelines draw with a generator of it, in the network's dtype; else any."""
+        if seed is None:
+            return torch.randn(n, *self.shape, device=self.device)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(n, *self.shape, generator=generator, device=self.device, dtype=self.dtype).float()
+
 
 @dataclass
 class Peer:
-    """run(n, steps): images fp32 [n, *shape] in [-1, 1], on the device, perhaps still being worked on.
+    """run(n, steps, seed=None): images fp32 [n, *shape] in [-1, 1], on the device, perhaps still being worked on. seed: see Task.noise.
 
     listeners: functions that are told "in" and "out" around each call of the network. sampler: fastdiff's own, where the peer is one.
     """
 
     name: str
     about: str
-    run: Callable[[int, int], Tensor]
+    run: Callable[..., Tensor]
     sampler: fastdiff.Sampler | None = None
     listeners: list[Callable[[str], None]] = field(default_factory=list)
 
@@ -126,8 +133,9 @@ def ours(task: Task, compile: bool, micro_batch: int | str = "auto", name: str =
         device=task.device, dtype=task.dtype, compile=compile, micro_batch=micro_batch,
     )  # fmt: skip
 
-    def run(n: int, steps: int) -> Tensor:
-        return sampler(n, labels=task.labels(n, "cpu"), guidance=task.guidance, solver=task.solver, steps=steps)
+    def run(n: int, steps: int, seed: int | None = None) -> Tensor:
+        latents = None if seed is None else task.noise(n, seed)
+        return sampler(n, labels=task.labels(n, "cpu"), guidance=task.guidance, solver=task.solver, steps=steps, latents=latents)
 
     own = "" if micro_batch == "auto" else f", micro_batch={micro_batch}"
     return Peer(name, f"Sampler({'compile=True' if compile else 'compile=False'}{own}), {sampler.way}", run, sampler)
@@ -152,10 +160,10 @@ def plain(task: Task) -> Peer:
     rows(task.steps)
 
     @torch.inference_mode()
-    def run(n: int, steps: int) -> Tensor:
+    def run(n: int, steps: int, seed: int | None = None) -> Tensor:
         labels = task.labels(n)
         null = None if labels is None else torch.full_like(labels, task.num_classes)
-        x = torch.randn(n, *task.shape, device=task.device)
+        x = task.noise(n, seed)
         before = None
         for row in rows(steps):
             t = torch.full((n,), row["t"], device=task.device)
@@ -214,8 +222,9 @@ def diffusers(task: Task, best: bool = False) -> Peer:
     pipe.set_progress_bar_config(disable=True)
     more: dict[str, Any] = {"use_clipped_model_output": True} if task.solver == "ddim" else {}
 
-    def run(n: int, steps: int) -> Tensor:
-        images = pipe(batch_size=n, num_inference_steps=steps, output_type="pt", **more).images
+    def run(n: int, steps: int, seed: int | None = None) -> Tensor:
+        generator = None if seed is None else torch.Generator(task.device).manual_seed(seed)
+        images = pipe(batch_size=n, generator=generator, num_inference_steps=steps, output_type="pt", **more).images
         return images.float().mul(2).sub(1)
 
     name = "diffusers" if not best else "diffusers, best settings"
@@ -245,11 +254,11 @@ def k_diffusion(task: Task) -> Peer:
         return wrapper(x, sigma, **given).clamp(-1, 1)
 
     @torch.inference_mode()
-    def run(n: int, steps: int) -> Tensor:
+    def run(n: int, steps: int, seed: int | None = None) -> Tensor:
         levels = solvers.table(task.solver, task.schedule, steps=steps, prediction=task.prediction).levels
         sigmas = torch.from_numpy(levels[:, 1] / levels[:, 0]).float().to(task.device)
         # x_T of the schedule over its alpha: pure noise there is one standard deviation in all.
-        x = torch.randn(n, *task.shape, device=task.device) * math.sqrt(1 + float(levels[0, 1] / levels[0, 0]) ** 2)
+        x = task.noise(n, seed) * math.sqrt(1 + float(levels[0, 1] / levels[0, 0]) ** 2)
         labels = task.labels(n)
         return loop(denoiser, x, sigmas, extra_args={} if labels is None else {"labels": labels}, disable=True)
 
