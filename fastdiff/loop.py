@@ -82,7 +82,7 @@ class Network:
     def _build(self) -> None:
         accelerated = rewrite.accelerated(self.given)
         model = self.given if accelerated else adopted(self.given, self.num_classes)
-        self.model = model = cpu.faster(model) if cpu.known(model) else model
+        self.model = model = cpu.faster(model) if cpu.known(model) and not accelerated else model
         self.touched = touched(self.given)
         self.places = self._places()
         # An accelerated module is so as a whole, when it is called.

@@ -35,6 +35,14 @@ def quiet():
     diffusers.utils.logging.set_verbosity_error()
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 def unet(classes=None, out_channels=3, seed=0, sample_size=8):
     """A small UNet2DModel, quiet enough that rounding grows little on the way."""
     with torch.random.fork_rng():
@@ -583,12 +591,11 @@ def test_classes_that_do_not_fit_are_diffusers_error():
 
 
 @pytest.mark.parametrize("n", [1, 3, 20])
-def test_few_images_are_made_in_our_loop(n, monkeypatch):
+def test_few_images_are_made_in_our_loop(n, monkeypatch, two_threads):
     """One, too, where the network runs in C, whose calls cores share: in as few calls as are the fastest, and none is filled up."""
     sizes = []
     original = fastdiff.Sampler.__init__
     monkeypatch.setattr(fastdiff.Sampler, "__init__", lambda self, *a, **k: (sizes.append(k["micro_batch"]), original(self, *a, **k))[1])
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     pipe = pipeline()
     wanted, state = images(pipe, n, 4)
     got, after = images(ours.accelerate(pipe), n, 4)
