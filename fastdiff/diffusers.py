@@ -21,6 +21,7 @@ x0 of an epsilon prediction is the sign of x - m, clipped; where they are equal,
 
 # No `from __future__ import annotations`: signatures are diffusers' own, types and all.
 import contextlib
+import copy
 import functools
 import importlib.util
 import json
@@ -37,16 +38,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import cpu, ops, reference, unet
+from . import cpu, ops, reference, rewrite, unet
 from .checkpoint import Checkpoint, CheckpointError, fill, read_json, read_safetensors
 from .data import odd_name
 from .noise import column64
 from .reference import COLUMNS, SLOTS, STEP_COLUMNS
 from .sampler import AUTO_ROWS, Sampler, by_cost
-from .schedules import MAX_TIMESTEPS, Schedule
+from .schedules import MAX_TIMESTEPS, Schedule, whole
 from .solvers import Table
 from .unet import UNet, UNetConfig
-from .unet2d import UNet2D, UNet2DConfig, adopted
+from .unet2d import UNet2D, UNet2DConfig, adopted, traits
 
 try:
     import diffusers
@@ -213,8 +214,15 @@ class _Fused:
         self._host_timesteps()
 
     def _plan(self, eta: float = 0.0, clipped: bool = False) -> Table | None:
-        """The timesteps as a table of the loop's, or None where the loop has no such rows."""
+        """The timesteps as a table of the loop's, or None where it has no such rows (`_unplanned`)."""
         raise NotImplementedError
+
+    @property
+    def _unplanned(self) -> str | None:
+        """Why the loop has no rows for this scheduler, if so."""
+        if self.config.thresholding and self.config.sample_max_value != 1:
+            return "its scheduler bounds each image by a quantile of its own (thresholding, with a sample_max_value that is not 1)"
+        return None
 
     def _draws(self, eta: float = 0.0) -> list[bool]:
         """Whether the step at each timestep draws noise."""
@@ -390,11 +398,11 @@ class _ByTimestep(_Fused):
             return alpha, -sigma, sigma, alpha
         raise ValueError(f"prediction_type given as {kind} must be one of `epsilon`, `sample` or `v_prediction`")
 
-    def _timestep_plan(self, table: Tensor, learned: bool = False) -> Table | None:
+    def _timestep_plan(self, table: Tensor, learned: bool = False) -> Table:
         steps = self._host_timesteps()
         if len(steps):
             self._check_range(int(steps.min()), int(steps.max()))
-        return None if self._dynamic else self._loop_table(table[steps], learned)
+        return self._loop_table(table[steps], learned)
 
     def _within(self, t: Tensor) -> Tensor:
         """Where timesteps have a row: with `steps_offset`, and as many steps as there are timesteps, one lies beyond."""
@@ -458,8 +466,14 @@ class DDPMScheduler(_ByTimestep, scheduling_ddpm.DDPMScheduler):  # type: ignore
         self._move_timesteps(device)
         self._prepare(("rows",), self._table)
 
+    @property
+    def _unplanned(self) -> str | None:
+        return (
+            'its variance is learned as it is (variance_type "learned")' if self.config.variance_type == "learned" else super()._unplanned
+        )
+
     def _plan(self, eta: float = 0.0, clipped: bool = False) -> Table | None:
-        if self.config.variance_type == "learned":
+        if self._unplanned:
             return None
         return self._timestep_plan(self._table(), self.config.variance_type == "learned_range")
 
@@ -577,7 +591,7 @@ class DDIMScheduler(_ByTimestep, scheduling_ddim.DDIMScheduler):  # type: ignore
         self._prepare(("rows", 0.0, False), lambda: self._table(0.0, False))
 
     def _plan(self, eta: float = 0.0, clipped: bool = False) -> Table | None:
-        return self._timestep_plan(self._table(eta, clipped))
+        return None if self._unplanned else self._timestep_plan(self._table(eta, clipped))
 
     def _draws(self, eta: float = 0.0) -> list[bool]:
         return [eta > 0] * len(self.timesteps)
@@ -674,10 +688,17 @@ class DPMSolverMultistepScheduler(_Fused, scheduling_dpmsolver_multistep.DPMSolv
         if not self._converted:
             self._prepare(("rows", False), lambda: self._table(False))
 
+    @property
+    def _unplanned(self) -> str | None:
+        if self._converted:
+            return f"its scheduler bounds x0, and solves for the noise (thresholding, with {self.config.algorithm_type!r})"
+        if self.config.variance_type is not None:
+            return f"its network says a variance (variance_type {self.config.variance_type!r}), which DPM-Solver drops"
+        return super()._unplanned
+
     def _plan(self, eta: float = 0.0, clipped: bool = False) -> Table | None:
         steps, order = len(self.timesteps), self.config.solver_order
-        bounded = self.config.thresholding and self.config.sample_max_value != 1
-        if self._converted or bounded or self.config.variance_type is not None:
+        if self._unplanned:
             return None
         at = torch.arange(steps)
         return self._loop_table(self._table(False)[at.clamp(max=order - 1) * steps + at])
@@ -951,53 +972,99 @@ class _Draws:
         return self.draw() if self.draws[row] else None
 
 
+# What the loop's network may compute in.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class _Made:
+    """A sampler that is kept. source: the network that it was given. stamp: of the weights as they were, where compiled code has them built in."""
+
+    sampler: Sampler
+    source: nn.Module
+    stamp: tuple[tuple[int, int], ...] | None
+
+    def follow(self) -> Sampler:
+        """The sampler, with the source's weights as they are now, whatever has changed them."""
+        if self.sampler.model is not self.source:  # another dtype's copy
+            with torch.inference_mode(False), torch.no_grad():
+                copied, given = ([*model.parameters(), *model.buffers()] for model in (self.sampler.model, self.source))
+                torch._foreach_copy_(copied, given)
+        return self.sampler
+
+
 class _Owned:
-    """A pipeline of a UNet2DModel whose loop is fastdiff's."""
+    """A pipeline of a UNet2DModel, or of a network that `save` wrote, whose loop is fastdiff's."""
 
     unet: Any
     scheduler: Any
+    _takes: ClassVar[type[_Fused]] = _Fused
     _settings: Settings = Settings()
-    _samplers: dict[Hashable, Sampler]
+    _samplers: dict[Hashable, _Made]
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes its own samplers."""
         return {name: value for name, value in self.__dict__.items() if name != "_samplers"}
 
-    def _sampler(self, n: int, table: Table) -> Sampler | None:
-        """The sampler for n images, or None where diffusers' own loop does as well."""
+    def __reduce__(self) -> Any:
+        """By the class that was accelerated: what `accelerate` has made of it stands in no module."""
+        return _revived, (self.__dict__.get("_before", {}).get("class", type(self)),), self.__getstate__()
+
+    def _obstacle(self) -> str | None:
+        """Why the loop is diffusers' own, or None where it is fastdiff's."""
+        unet, device = self.unet, self._execution_device  # type: ignore[attr-defined]
+        if not isinstance(unet, UNet2DModel) and not _saved(unet):
+            return f"its unet is a {type(unet).__name__}, not a UNet2DModel"
+        if hasattr(unet, "_hf_hook"):
+            return "its unet has a hook of accelerate's, as of one that is offloaded"
+        if device.type not in AUTO_ROWS:
+            return f"fastdiff has no loop for {device.type}"
+        if (self._settings.dtype or unet.dtype) not in DTYPES:
+            return f"its unet computes in {unet.dtype}"
+        if getattr(unet.config, "class_embed_type", None) is not None:
+            return f"its unet has a class_embed_type, {unet.config.class_embed_type!r}"
+        if any(isinstance(module, nn.Dropout) and module.training and module.p for module in unet.modules()):
+            return "its unet is in training mode and has dropout (unet.eval() ends that)"
+        if not isinstance(self.scheduler, self._takes):
+            return f"its {type(self.scheduler).__name__} is not one of fastdiff's that it takes"
+        reason: str | None = self.scheduler._unplanned
+        return reason
+
+    def _size(self, n: int, asked: bool) -> int | None:
+        """Images per micro-batch, or None where diffusers' own loop does as well, and nothing is asked for that it has not."""
         unet, settings, device = self.unet, self._settings, self._execution_device  # type: ignore[attr-defined]
-        dtype = settings.dtype or unet.dtype
-        # What an offloading hook, a wrapper or a double network wants, the loop does not know of.
-        if not isinstance(unet, UNet2DModel) or hasattr(unet, "_hf_hook") or device.type not in AUTO_ROWS:
+        if settings.micro_batch != "auto":
+            return int(settings.micro_batch)
+        threads = torch.get_num_threads() if device.type == "cpu" else 1
+        in_c = settings.compile in ("auto", False) and settings.dtype in (None, unet.dtype) and not rewrite.accelerated(unet)
+        if device.type == "cpu" and in_c and cpu.shared(unet):
+            return math.ceil(n / math.ceil(n / by_cost(n, AUTO_ROWS["cpu"], threads, True)[0]))
+        if n < threads and not asked and settings == Settings():  # only PyTorch's own loop lets cores share an image
             return None
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16) or unet.config.class_embed_type is not None:
-            return None
-        size = settings.micro_batch
-        if size == "auto":
-            threads = torch.get_num_threads() if device.type == "cpu" else 1
-            if device.type == "cpu" and dtype == unet.dtype and cpu.shared(unet):
-                size = math.ceil(n / math.ceil(n / by_cost(n, AUTO_ROWS["cpu"], threads, True)[0]))
-            elif n < threads:  # where only PyTorch's own loop lets cores share an image
-                return None
-            else:
-                size = min(math.ceil(n / threads), AUTO_ROWS[device.type])
-        state = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in unet.parameters())
-        key = (id(unet), device, dtype, settings, size, state)
+        return min(math.ceil(n / threads), AUTO_ROWS[device.type])
+
+    def _sampler(self, table: Table, size: int) -> Sampler:
+        """One for the network as it is, which is kept as long as no module of it is another or is changed, whatever its weights are."""
+        unet, settings, device = self.unet, self._settings, self._execution_device  # type: ignore[attr-defined]
+        weights = [*unet.parameters(), *unet.buffers()]
+        places = tuple((id(v), v.data_ptr(), v.dtype) for v in weights)
+        key = (id(unet), device, settings, size, rewrite.accelerated(unet), traits(unet), places)
         known = self.__dict__.setdefault("_samplers", {})
-        if key not in known:
+        made: _Made | None = known.pop(key, None)
+        if made is None or (made.stamp is not None and made.stamp != cpu.stamp(weights)):
             while len(known) >= 4:
                 known.pop(next(iter(known)))
-            embeddings = unet.config.num_class_embeds
-            sides = unet.config.sample_size
-            shape = (unet.config.in_channels, *((sides, sides) if isinstance(sides, int) else sides))
-            classes = None if embeddings is None else embeddings - 1
-            known[key] = Sampler(
-                adopted(unet, classes), Schedule.from_alphas_cumprod(self.scheduler.alphas_cumprod), shape, solver=table, device=device, dtype=dtype,
-                num_classes=classes, compile=settings.compile, micro_batch=size,
+            source, shape, classes = _network(unet)
+            compile = settings.compile
+            if compile == "fused" and not isinstance(source, UNet):
+                source, compile = rewrite.accelerate(copy.copy(source) if source is unet else source), "auto"
+            sampler = Sampler(
+                source, Schedule.from_alphas_cumprod(self.scheduler.alphas_cumprod), shape, solver=table, device=device,
+                dtype=settings.dtype or unet.dtype, num_classes=classes, compile=compile, micro_batch=size,
             )  # fmt: skip
-        sampler: Sampler = known.pop(key)
-        known[key] = sampler  # the last one used stands last
-        return sampler
+            made = _Made(sampler, source, cpu.stamp(weights) if sampler.compile and device.type == "cpu" else None)
+        known[key] = made  # the last one used stands last
+        return made.follow()
 
     def _sample(
         self,
@@ -1010,24 +1077,30 @@ class _Owned:
         callback: Callable[[int, Tensor], None] | None,
         eta: float = 0.0,
         clipped: bool = False,
+        why: str | None = None,
     ) -> Any:
-        """The call, or None where diffusers' own loop has to do it."""
+        """The call, or None where diffusers' own loop has to do it. why: what is known to stand against fastdiff's."""
         scheduler, device = self.scheduler, self._execution_device  # type: ignore[attr-defined]
-        table = None
-        if isinstance(scheduler, _Fused) and n > 0:
-            scheduler.set_timesteps(steps)  # type: ignore[attr-defined]
-            table = scheduler._plan(eta, clipped)
-        sampler = None if table is None else self._sampler(n, table)
-        if table is None or sampler is None:
-            if class_labels is not None or callback is not None:
-                raise ValueError("class_labels and callback need fastdiff's loop, and this pipeline runs in diffusers' own; see the log")
+        options: Options = getattr(scheduler, "_options", Options())
+        counter = generator is None and options.counter
+        asked = class_labels is not None or callback is not None or counter
+        why = why or ("it makes no images" if n < 1 else None) or self._obstacle()
+        size = None if why else self._size(n, asked)
+        if why and asked:
+            raise ValueError(
+                f"class_labels, callback and use(noise=\"counter\") need fastdiff's loop, and this pipeline runs in diffusers' own: {why}"
+            )
+        if size is None:
+            logger.info("%s: diffusers' own loop: %s", type(self).__name__, why or f"it does {n} of its images as fast")
             return None
-        if (self.unet.config.num_class_embeds is None) != (class_labels is None):
+        scheduler.set_timesteps(steps)
+        table = scheduler._plan(eta, clipped)
+        if isinstance(self.unet, UNet2DModel) and (self.unet.config.num_class_embeds is None) != (class_labels is None):
             raise ValueError("class_labels go with a UNet that has class embeddings (num_class_embeds): give both or neither")
-        options = scheduler._options
+        sampler = self._sampler(table, size)
         call: dict[str, Any] = {"labels": class_labels, "callback": callback, "progress": lambda total: self.progress_bar(total=total)}  # type: ignore[attr-defined]
         shape, dtype = (n, *sampler.shape), self.unet.dtype
-        if generator is None and options.counter:
+        if counter:
             call |= {"seed": options.seed, "first": options.first} if options.seeds is None else {"seeds": options.seeds}
         else:
             call["latents"] = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
@@ -1041,6 +1114,47 @@ class _Owned:
             image = self.numpy_to_pil(image)  # type: ignore[attr-defined]
         self.maybe_free_model_hooks()  # type: ignore[attr-defined]
         return ImagePipelineOutput(images=image) if return_dict else (image,)
+
+
+def _saved(model: Any) -> bool:
+    """Whether it is fastdiff's own UNet as `save` has written it."""
+    return type(model).__name__ == "FastdiffUNet" and isinstance(getattr(model, "net", None), nn.Module)
+
+
+def _network(model: Any) -> tuple[nn.Module, tuple[int, ...], int | None]:
+    """What the loop runs of a pipeline's network, the shape of an image, and the number of classes."""
+    config = model.config
+    sides = config.sample_size
+    shape = (config.in_channels, *((sides, sides) if isinstance(sides, int) else sides))
+    if not _saved(model):
+        classes = None if config.num_class_embeds is None else config.num_class_embeds - 1
+        return model if rewrite.accelerated(model) else adopted(model, classes), shape, classes
+    classes = len(config.classes) or None
+    put = any(part[-1] for part in traits(model))  # hooks, or a forward of one's own
+    code = getattr(sys.modules.get(type(model).__module__), "__file__", None)
+    if put or rewrite.accelerated(model) or code is None or Path(code).read_text() != _source():
+        return model, shape, classes
+    with torch.device("meta"):
+        made = UNet(UNetConfig.from_config(dict(config.network)))
+    made.load_state_dict(dict(model.net.named_parameters()), assign=True)
+    return made.eval(), shape, classes
+
+
+def _revived(cls: type) -> Any:
+    """An accelerated pipeline of a class, to be filled."""
+    return object.__new__(_with_loop(cls))
+
+
+@functools.cache
+def _with_loop(cls: type) -> type:
+    """The class of a pipeline with fastdiff's loop in place of diffusers'; itself where it has a loop of its own, or fastdiff's already."""
+    for ours in (DDPMPipeline, DDIMPipeline):
+        theirs = ours.__mro__[2]
+        if cls is theirs:
+            return ours
+        if cls.__call__ is theirs.__call__:  # type: ignore[attr-defined]
+            return type(cls.__name__, (ours, cls), {"__module__": cls.__module__})
+    return cls
 
 
 class DDPMPipeline(_Owned, pipeline_ddpm.DDPMPipeline):
@@ -1079,6 +1193,8 @@ class DDIMPipeline(_Owned, pipeline_ddim.DDIMPipeline):
         super().__init__(unet, scheduler)  # type: ignore[arg-type]
         self.scheduler = scheduler if isinstance(scheduler, DDIMScheduler) else _ours(self.scheduler)
 
+    _takes = DDIMScheduler
+
     @torch.no_grad()
     def __call__(
         self,
@@ -1096,11 +1212,10 @@ class DDIMPipeline(_Owned, pipeline_ddim.DDIMPipeline):
         """Images, as diffusers returns them. class_labels: a class, or [batch_size]. callback(row, x0): after every row, with the guess of x_0."""
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"{len(generator)} generators were given for a batch of {batch_size}; give one per image")
-        result = None
-        if isinstance(self.scheduler, DDIMScheduler) and 0 <= eta <= 1:
-            result = self._sample(
-                batch_size, generator, num_inference_steps, output_type, return_dict, class_labels, callback, eta, bool(use_clipped_model_output)
-            )  # fmt: skip
+        why = None if 0 <= eta <= 1 else f"eta is {eta}, and not from 0 to 1"
+        result = self._sample(
+            batch_size, generator, num_inference_steps, output_type, return_dict, class_labels, callback, eta, bool(use_clipped_model_output), why
+        )  # fmt: skip
         if result is None:
             result = super().__call__(batch_size, generator, eta, num_inference_steps, use_clipped_model_output, output_type, return_dict)
         return result  # type: ignore[no-any-return]
@@ -1114,48 +1229,74 @@ def accelerate(
     A DDPMPipeline or DDIMPipeline, or one of a class derived from them that leaves their `__call__` as it is, gets fastdiff's loop: all rows of
     a micro-batch in CUDA graphs where noise is not asked of a generator, row by row where it is, so that the images are those of before from
     the same generator. With `pipe.scheduler.use(noise="counter")` and no generator the noise is made within the graphs. Its call also takes
-    class_labels and callback. dtype: what the network computes in, default its own; torch.bfloat16 is faster on CUDA, and near the same
-    images. compile, micro_batch: as `Sampler`'s, but a micro-batch is by default as large as the batch, up to what suits the device. A network
-    that gives numbers that are not finite is an error.
+    class_labels and callback. dtype: what the network computes in, torch.float32, bfloat16 or float16, default its own; torch.bfloat16 is faster on
+    CUDA, and near the same images. compile, micro_batch: as `Sampler`'s, but a micro-batch is by default as large as the batch, up to what suits the
+    device, and "fused" runs a UNet2DModel as `fastdiff.accelerate` has it. Weights are followed, whatever changes them. A network that gives numbers
+    that are not finite is an error.
 
+    Where the loop cannot be fastdiff's, as with a scheduler that it has none of, it is diffusers' own, and what only fastdiff's has is an error.
     In any other pipeline, its own loop stays: a scheduler that fastdiff has is swapped, and the UNet is compiled (on CUDA, or with
-    compile=True). What was done is logged by the logger "fastdiff.diffusers", and is the text `pipe.accelerated`.
-    ValueError for what is no diffusers pipeline.
+    compile=True; "fused" as by `fastdiff.accelerate`). What was done, and why not more, is logged by the logger "fastdiff.diffusers", and is the text
+    `pipe.accelerated`. Accelerated again, a pipeline keeps the scheduler that it has, options of `use` and all.
+    ValueError for what is no diffusers pipeline, and for arguments that there are not.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise ValueError(f"accelerate takes a pipeline of diffusers, not {type(pipe).__name__}; for a network alone, see fastdiff.Sampler")
+    _check_settings(dtype, compile, micro_batch)
+    scheduler = getattr(pipe, "scheduler", None)
     if "_before" in pipe.__dict__:
         unaccelerate(pipe)
-    cls, unet, scheduler = type(pipe), getattr(pipe, "unet", None), getattr(pipe, "scheduler", None)
-    before: dict[str, Any] = {"class": cls, "scheduler": scheduler, "strides": []}
-    done = []
+    cls: Any = type(pipe)
+    unet, done = getattr(pipe, "unet", None), []
+    before: dict[str, Any] = {"class": cls, "scheduler": getattr(pipe, "scheduler", None), "swapped": _ours(scheduler), "strides": []}
     if isinstance(unet, nn.Module):
         before["strides"] = [(p, p.stride()) for p in unet.parameters() if p.ndim == 4]
         unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if (swapped := _ours(scheduler)) is not scheduler:
-        pipe.scheduler = swapped
+    if before["swapped"] is not before["scheduler"]:
+        pipe.scheduler = before["swapped"]
         done.append(f"its {type(scheduler).__name__} is fastdiff's")
     elif scheduler is not None and not isinstance(scheduler, _Fused):
         done.append(f"its {type(scheduler).__name__} stays, since fastdiff has none")
-    owned = next((ours for ours in (DDPMPipeline, DDIMPipeline) if cls.__call__ is ours.__mro__[2].__call__), None)
-    if isinstance(pipe, _Owned) or owned is not None:
-        if owned is not None:
-            pipe.__class__ = owned if cls is owned.__mro__[2] else type(cls.__name__, (owned, cls), {"__module__": cls.__module__})
+    pipe.__class__ = _with_loop(cls)
+    if isinstance(pipe, _Owned):
         pipe._settings = Settings(dtype, compile, micro_batch)
-        done.insert(0, "its loop is fastdiff's")
+        why = pipe._obstacle()
+        ours = why is None
+        done.insert(0, "its loop is fastdiff's" if ours else f"its own loop stays, as it is: {why}")
     else:
+        ours = False
         done.insert(0, "its own loop stays")
-        on_cuda = isinstance(unet, nn.Module) and next(unet.parameters()).device.type == "cuda"
-        if isinstance(unet, nn.Module) and (compile is True or (compile == "auto" and on_cuda)):
-            unet.compile()
-            before["compiled"] = unet
-            done.append("its UNet is compiled")
-        elif isinstance(unet, nn.Module):
-            done.append("its UNet is not compiled (compile=True does it on a CPU)")
+        if isinstance(unet, nn.Module):
+            before["compiled"] = unet, unet._compiled_call_impl
+            done.append(_compile(unet, compile))
+        if dtype is not None or micro_batch != "auto":
+            done.append("dtype and micro_batch change nothing")
     pipe.__dict__["_before"] = before
     pipe.accelerated = f"{cls.__name__}: " + "; ".join(done)
-    logger.log(logging.INFO if owned is not None else logging.WARNING, "%s", pipe.accelerated)
+    logger.log(logging.INFO if ours else logging.WARNING, "%s", pipe.accelerated)
     return pipe
+
+
+def _check_settings(dtype: Any, compile: Any, micro_batch: Any) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; give torch.float32, torch.bfloat16 or torch.float16, or None for the network's own")
+    if compile not in (True, False, "auto", "fused"):
+        raise ValueError(f'compile is {compile!r}; give True, False, "fused" or "auto"')
+    if micro_batch != "auto" and (not whole(micro_batch) or int(micro_batch) < 1):
+        raise ValueError(f'micro_batch is {micro_batch!r}; give a whole number of at least 1, or "auto"')
+
+
+def _compile(unet: nn.Module, compile: bool | str) -> str:
+    """Compile the network of a pipeline with a loop of its own, and say so."""
+    if compile == "fused":
+        rewrite.accelerate(unet)
+        return "its UNet runs by fastdiff's fused operations"
+    if compile == "auto" and unet._compiled_call_impl is not None:
+        return "its UNet stays compiled as it was"
+    if compile is True or (compile == "auto" and any(p.device.type == "cuda" for p in unet.parameters())):
+        unet.compile()  # type: ignore[no-untyped-call]
+        return "its UNet is compiled"
+    return "its UNet is not compiled (compile=True does it on a CPU)"
 
 
 def unaccelerate(pipe: DiffusionPipeline) -> DiffusionPipeline:
@@ -1163,13 +1304,14 @@ def unaccelerate(pipe: DiffusionPipeline) -> DiffusionPipeline:
     before = pipe.__dict__.pop("_before", None)
     if before is None:
         raise ValueError("this pipeline is not accelerated; fastdiff.diffusers.accelerate does it")
-    if isinstance(pipe.scheduler, _Fused) and not isinstance(before["scheduler"], _Fused):
+    if before["swapped"] is not before["scheduler"] and pipe.scheduler is before["swapped"]:
         pipe.scheduler = before["scheduler"]
     pipe.__class__ = before["class"]
     for p, stride in before["strides"]:  # of 1 x 1 convolutions too, where they decide which code runs, and so how it rounds
         p.data = torch.empty_strided(p.shape, stride, dtype=p.dtype, device=p.device).copy_(p.data)
     if "compiled" in before:
-        before["compiled"]._compiled_call_impl = None
+        unet, compiled = before["compiled"]
+        unet._compiled_call_impl = compiled
     for name in ("accelerated", "_settings", "_samplers"):
         pipe.__dict__.pop(name, None)
     return pipe
@@ -1200,6 +1342,10 @@ class FastdiffUNet(ModelMixin, ConfigMixin):
 '''
 
 
+def _source() -> str:
+    return Path(unet.__file__).read_text() + WRAPPER
+
+
 def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
     """Write a checkpoint as the folder of a DDPMPipeline, which plain diffusers, without fastdiff, loads and samples from identically in fp32.
 
@@ -1222,7 +1368,7 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
     else:
         (folder / "unet").mkdir(parents=True, exist_ok=True)
         code = folder / "unet" / "fastdiff_unet.py"
-        code.write_text(Path(unet.__file__).read_text() + WRAPPER)
+        code.write_text(_source())
         spec = importlib.util.spec_from_file_location("fastdiff_unet", code)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)

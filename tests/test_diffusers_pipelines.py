@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import logging
+import pickle
 import subprocess
 import sys
 
@@ -67,6 +68,10 @@ def images(pipe, n, steps, seed=1, output_type="np", **call):
     generator = torch.Generator().manual_seed(seed)
     found = pipe(n, generator=generator, num_inference_steps=steps, output_type=output_type, **call).images
     return found, generator.get_state()
+
+
+class Named(diffusers.DDPMPipeline):
+    """Of a module, so that it can be pickled."""
 
 
 class Sprites(diffusers.UNet2DModel):
@@ -276,6 +281,54 @@ def test_weights_that_change_are_seen():
     assert np.abs(after - before).max() > 1e-2 and np.abs(after - plain).max() <= 1e-5
 
 
+@pytest.mark.parametrize("settings", [{}, {"dtype": torch.bfloat16}, {"compile": True}, {"compile": True, "dtype": torch.bfloat16}])
+def test_weights_are_followed_whatever_changes_them(settings, monkeypatch):
+    """Averages of weights are put in place by `.data`, which torch does not count as a change. Compiled, a network is a copy on a CPU; its
+    compiling is left out here, for it takes minutes."""
+    monkeypatch.setattr(fastdiff.sampler, "_compiled", lambda call, cuda: call)
+    model = unet()
+    pipe = ours.accelerate(pipeline("ddim", model), **settings)
+    average = diffusers.training_utils.EMAModel(unet(seed=5).parameters())
+    before, _ = images(pipe, 2, 2)
+    for change in (
+        lambda: average.copy_to(model.parameters()),
+        lambda: model.conv_out.bias.data.add_(0.5),
+        lambda: setattr(model, "conv_out", copy.deepcopy(unet(seed=3).conv_out)),
+        lambda: setattr(model.conv_in.weight, "data", model.conv_in.weight.data * 1.5),
+    ):
+        change()
+        after, _ = images(pipe, 2, 2)
+        fresh, _ = images(ours.accelerate(pipeline("ddim", model), **settings), 2, 2)
+        assert np.abs(after - before).max() > 1e-3 and np.abs(after - fresh).max() <= 1e-6
+        before = after
+
+
+def test_modules_that_change_are_seen():
+    """Seamless tiling, put upon the convolutions of a pipeline that has already made images."""
+    pipe, model = ours.accelerate(pipeline("ddim")), unet()
+    before, _ = images(pipe, 4, 3)
+    for network in (pipe.unet, model):
+        for module in network.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.padding_mode = "circular"
+                module._reversed_padding_repeated_twice = [1, 1, 1, 1] if module.padding == (1, 1) else [0, 0, 0, 0]
+    wanted, _ = images(pipeline("ddim", model), 4, 3)
+    after, _ = images(pipe, 4, 3)
+    assert np.abs(after - wanted).max() <= 1e-5 and np.abs(after - before).max() > 1e-3
+
+
+def test_a_network_with_dropout_in_training_mode_runs_in_diffusers_loop():
+    model = diffusers.UNet2DModel(**{**{k: v for k, v in unet().config.items() if k[0] != "_"}, "dropout": 0.5}).train()
+    pipe = ours.accelerate(pipeline("ddim", model))
+    assert "its unet is in training mode and has dropout" in pipe.accelerated
+    torch.manual_seed(0)
+    wanted, _ = images(pipeline("ddim", model), 2, 2)
+    torch.manual_seed(0)
+    assert np.abs(images(pipe, 2, 2)[0] - wanted).max() <= 1e-4
+    model.eval()
+    pipe(2, num_inference_steps=2, callback=lambda *_: None)
+
+
 def test_bf16_on_request_and_half_precision_networks():
     pipe = pipeline("ddim")
     wanted, _ = images(pipe, 4, 5)
@@ -306,6 +359,46 @@ def test_unaccelerate_restores_everything(kind):
     ours.accelerate(pipe)
     mine = pipe.scheduler = diffusers.DDPMScheduler(num_train_timesteps=10)
     assert ours.unaccelerate(pipe).scheduler is mine, "a scheduler that was put in since stays"
+    ours.accelerate(pipe)
+    mine = pipe.scheduler = ours.DDIMScheduler() if kind == "ddim" else ours.DDPMScheduler()
+    assert ours.unaccelerate(pipe).scheduler is mine, "and so does one of fastdiff's"
+
+
+def test_accelerated_again_it_keeps_its_scheduler():
+    pipe = pipeline("ddim")
+    first = pipe.scheduler
+    used = ours.accelerate(pipe).scheduler.use(noise="counter", seed=3)
+    assert ours.accelerate(pipe, dtype=torch.bfloat16).scheduler is used and used._options.counter
+    assert ours.unaccelerate(pipe).scheduler is first
+    put = ours.accelerate(pipe).scheduler = ours.DDIMScheduler(prediction_type="sample")
+    assert ours.accelerate(pipe).scheduler is put and ours.unaccelerate(pipe).scheduler is put
+    ours.accelerate(pipe).scheduler = theirs = diffusers.DDIMScheduler(prediction_type="v_prediction")
+    assert type(ours.accelerate(pipe).scheduler) is ours.DDIMScheduler and pipe.scheduler.config.prediction_type == "v_prediction"
+    assert ours.unaccelerate(pipe).scheduler is theirs
+
+
+def test_a_pipeline_without_a_scheduler():
+    class Bare(diffusers.DiffusionPipeline):
+        def __init__(self, unet):
+            super().__init__()
+            self.register_modules(unet=unet)
+
+    assert not hasattr(ours.unaccelerate(ours.accelerate(Bare(unet()))), "scheduler")
+
+
+def test_code_that_was_compiled_before_comes_back():
+    class Looped(diffusers.DDPMPipeline):
+        def __call__(self):
+            pass
+
+    for pipe in (pipeline(cls=Looped), pipeline()):
+        pipe.unet.compile(backend="eager")
+        compiled = pipe.unet._compiled_call_impl
+        ours.accelerate(pipe, compile=True)
+        ours.unaccelerate(pipe)
+        assert pipe.unet._compiled_call_impl is compiled
+        ours.accelerate(pipe)
+        assert pipe.unet._compiled_call_impl is compiled
 
 
 def test_a_class_derived_from_a_pipeline():
@@ -386,10 +479,17 @@ def test_saved_with_ours_it_loads_with_ours_and_in_plain_diffusers(kind, tmp_pat
             assert np.abs(images(loaded, 4, 3)[0] - wanted).max() <= 1e-5
 
 
-def test_a_copy_of_an_accelerated_pipeline_works():
-    pipe = ours.accelerate(pipeline("ddim"))
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda v: pickle.loads(pickle.dumps(v))], ids=["copy", "deepcopy", "pickle"])
+@pytest.mark.parametrize(("kind", "cls"), [("ddim", None), ("ddpm", Named)])
+def test_a_copy_of_an_accelerated_pipeline_works(kind, cls, copied):
+    pipe = ours.accelerate(pipeline(kind, cls=cls))
     wanted, _ = images(pipe, 4, 3)
-    assert np.array_equal(images(copy.deepcopy(pipe), 4, 3)[0], wanted)
+    other = copied(pipe)
+    assert np.array_equal(images(other, 4, 3)[0], wanted) and type(other) is type(pipe)
+    assert type(ours.unaccelerate(other)) is (cls or BASES[kind]) and type(other.scheduler) in (
+        diffusers.DDIMScheduler,
+        diffusers.DDPMScheduler,
+    )
 
 
 def test_a_network_that_is_not_finite_is_an_error():
@@ -601,6 +701,145 @@ def test_few_images_are_made_in_our_loop(n, monkeypatch, two_threads):
     got, after = images(ours.accelerate(pipe), n, 4)
     assert np.abs(got - wanted).max() <= 1e-4 and torch.equal(state, after)
     assert sizes == [{1: 1, 3: 3, 20: 10}[n]]
+
+
+@pytest.fixture
+def without_c(monkeypatch):
+    """Two threads, and networks that cores cannot share."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(fastdiff.cpu, "shared", lambda model: False)
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "ddim"])
+def test_one_image_has_the_counters_noise_too(kind, without_c):
+    pipe = ours.accelerate(pipeline(kind))
+    pipe.scheduler.use(noise="counter", seed=3)
+    call = {"num_inference_steps": 4, "output_type": "np"}
+    alone, three = pipe(1, **call).images, pipe(3, **call).images
+    assert np.abs(alone[0] - three[0]).max() <= 1e-5 and np.array_equal(alone, pipe(1, **call).images)
+
+
+def test_one_image_has_all_that_is_asked_for(without_c, caplog):
+    seen = []
+    pipe = ours.accelerate(pipeline("ddim"))
+    plain, _ = images(pipe, 1, 3)
+    found, _ = images(pipe, 1, 3, callback=lambda row, x0: seen.append(row))
+    assert seen == [0, 1, 2] and np.abs(found - plain).max() <= 1e-5
+    half, _ = images(ours.accelerate(pipe, dtype=torch.bfloat16), 1, 3)
+    assert 1e-5 < np.abs(half - plain).max() < 0.1
+    labelled = ours.accelerate(pipeline("ddim", unet(classes=4)))
+    assert np.abs(images(labelled, 1, 3, class_labels=1)[0] - images(labelled, 3, 3, class_labels=1)[0]).max() > 0
+    with caplog.at_level(logging.INFO, "fastdiff.diffusers"):
+        assert np.array_equal(images(ours.accelerate(pipeline("ddim")), 1, 3)[0], plain)
+    assert caplog.messages[-1] == "DDIMPipeline: diffusers' own loop: it does 1 of its images as fast"
+
+
+@pytest.mark.parametrize(
+    ("config", "call", "reason"),
+    [
+        ({"thresholding": True, "sample_max_value": 1.5}, {}, "its scheduler bounds each image by a quantile of its own"),
+        ({}, {"eta": 1.5}, "eta is 1.5, and not from 0 to 1"),
+    ],
+)
+def test_what_only_our_loop_has_is_an_error_that_names_the_reason(config, call, reason):
+    pipe = ours.accelerate(pipeline("ddim", **config))
+    text = f"need fastdiff's loop, and this pipeline runs in diffusers' own: {reason}"
+    with pytest.raises(ValueError, match=text):
+        pipe(2, num_inference_steps=2, callback=print, **call)
+    pipe.scheduler.use(noise="counter")
+    with pytest.raises(ValueError, match=text):
+        pipe(2, num_inference_steps=2, **call)
+    pipe(2, torch.Generator(), num_inference_steps=2, output_type="pt", **call)
+    pipe.scheduler = diffusers.DDIMScheduler()
+    with pytest.raises(ValueError, match="its DDIMScheduler is not one of fastdiff's"):
+        pipe(2, num_inference_steps=2, callback=print)
+
+
+def test_what_accelerate_says_is_so(caplog):
+    """By its text, and by whether the loop is called."""
+    for change, reason in (
+        (lambda pipe: setattr(pipe, "unet", torch.compile(pipe.unet, backend="eager")), "its unet is a OptimizedModule, not a UNet2DModel"),
+        (lambda pipe: pipe.unet.double(), "its unet computes in torch.float64"),
+        (
+            lambda pipe: setattr(pipe, "scheduler", diffusers.EulerDiscreteScheduler()),
+            "its EulerDiscreteScheduler is not one of fastdiff's",
+        ),
+        (lambda pipe: setattr(pipe, "scheduler", diffusers.DDPMScheduler(thresholding=True, sample_max_value=2)), "thresholding"),
+        (lambda pipe: setattr(pipe, "scheduler", diffusers.DDPMScheduler(variance_type="learned")), "its variance is learned as it is"),
+    ):
+        pipe = pipeline()
+        change(pipe)
+        with caplog.at_level(logging.INFO, "fastdiff.diffusers"):
+            ours.accelerate(pipe)
+        assert pipe.accelerated.startswith("DDPMPipeline: its own loop stays, as it is: ") and reason in pipe.accelerated
+        assert caplog.records[-1].levelno == logging.WARNING
+    for pipe in (pipeline(), ours.DDPMPipeline(unet(), diffusers.DDPMScheduler())):
+        with caplog.at_level(logging.INFO, "fastdiff.diffusers"):
+            ours.accelerate(pipe)
+        assert "its loop is fastdiff's" in pipe.accelerated and caplog.records[-1].levelno == logging.INFO
+
+    class Looped(diffusers.DDPMPipeline):
+        def __call__(self):
+            pass
+
+    assert ours.accelerate(pipeline(cls=Looped), micro_batch=4).accelerated.endswith("dtype and micro_batch change nothing")
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"dtype": torch.float64}, r"dtype is torch\.float64; give torch\.float32, torch\.bfloat16 or torch\.float16, or None"),
+        ({"dtype": "bf16"}, "dtype is 'bf16'"),
+        ({"compile": "bogus"}, 'compile is \'bogus\'; give True, False, "fused" or "auto"'),
+        ({"micro_batch": 0}, "micro_batch is 0; give a whole number of at least 1"),
+    ],
+)
+def test_settings_that_there_are_not(settings, text):
+    pipe = pipeline()
+    with pytest.raises(ValueError, match=text):
+        ours.accelerate(pipe, **settings)
+    assert type(pipe) is diffusers.DDPMPipeline
+
+
+def test_the_fused_operations_in_the_loop():
+    """Asked for by name, and in a network that they were put into before."""
+    pipe = pipeline("ddim")
+    wanted, _ = images(pipe, 2, 2)
+    ours.accelerate(pipe, compile="fused")
+    assert np.abs(images(pipe, 2, 2)[0] - wanted).max() <= 1e-4
+    ((made,),) = [pipe._samplers.values()]
+    assert fastdiff.rewrite.accelerated(made.sampler.model) and isinstance(made.sampler.model, fastdiff.unet2d.UNet2D)
+    assert not fastdiff.rewrite.accelerated(pipe.unet)
+    other = pipeline("ddim")
+    fastdiff.accelerate(other.unet)
+    assert np.abs(images(ours.accelerate(other), 2, 2)[0] - wanted).max() <= 1e-4
+    ((made,),) = [other._samplers.values()]
+    assert made.sampler.model is other.unet and fastdiff.rewrite.accelerated(other.unet)
+
+    class Looped(diffusers.DDPMPipeline):
+        def __call__(self):
+            pass
+
+    looped = ours.accelerate(pipeline(cls=Looped), compile="fused")
+    assert fastdiff.rewrite.accelerated(looped.unet) and looped.accelerated.endswith("its UNet runs by fastdiff's fused operations")
+    assert not fastdiff.rewrite.accelerated(ours.unaccelerate(looped).unet)
+
+
+def test_what_save_wrote_runs_in_our_loop(tmp_path):
+    checkpoint = fastdiff.load("sprites")
+    ours.save(checkpoint, tmp_path)
+    pipe = diffusers.DDPMPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    wanted, _ = images(pipe, 2, 5)
+    ours.accelerate(pipe)
+    assert "its loop is fastdiff's" in pipe.accelerated
+    assert np.abs(images(pipe, 2, 5)[0] - wanted).max() <= 1e-4
+    ((made,),) = [pipe._samplers.values()]
+    assert type(made.source) is fastdiff.UNet
+    labelled, _ = images(pipe, 2, 5, class_labels=[3, 0])
+    assert np.abs(labelled - wanted).max() > 0.01
+    pipe.unet.net.register_forward_hook(lambda module, given, answer: 0 * answer)
+    assert np.abs(images(pipe, 2, 5)[0] - wanted).max() > 0.1, "what has been put upon it is called"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
