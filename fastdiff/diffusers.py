@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import cpu, ops, reference, rewrite, unet
+from . import cpu, native, ops, reference, rewrite, unet
 from .checkpoint import Checkpoint, CheckpointError, fill, read_json, read_safetensors
 from .data import odd_name
 from .noise import column64
@@ -1051,7 +1051,7 @@ class _Owned:
         key = (id(unet), device, settings, size, rewrite.accelerated(unet), traits(unet), places)
         known = self.__dict__.setdefault("_samplers", {})
         made: _Made | None = known.pop(key, None)
-        if made is None or (made.stamp is not None and made.stamp != cpu.stamp(weights)):
+        if made is None or (made.stamp is not None and made.stamp != native.stamp(weights)):
             while len(known) >= 4:
                 known.pop(next(iter(known)))
             source, shape, classes = _network(unet)
@@ -1062,7 +1062,7 @@ class _Owned:
                 source, Schedule.from_alphas_cumprod(self.scheduler.alphas_cumprod), shape, solver=table, device=device,
                 dtype=settings.dtype or unet.dtype, num_classes=classes, compile=compile, micro_batch=size,
             )  # fmt: skip
-            made = _Made(sampler, source, cpu.stamp(weights) if sampler.compile and device.type == "cpu" else None)
+            made = _Made(sampler, source, native.stamp(weights) if sampler.compile and device.type == "cpu" else None)
         known[key] = made  # the last one used stands last
         return made.follow()
 

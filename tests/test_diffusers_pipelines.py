@@ -704,9 +704,8 @@ def test_few_images_are_made_in_our_loop(n, monkeypatch, two_threads):
 
 
 @pytest.fixture
-def without_c(monkeypatch):
+def without_c(monkeypatch, two_threads):
     """Two threads, and networks that cores cannot share."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(fastdiff.cpu, "shared", lambda model: False)
 
 
