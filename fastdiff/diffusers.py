@@ -1385,7 +1385,8 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
         names = ["fastdiff_unet", "FastdiffUNet"]
     component.save_pretrained(folder / "unet")
     scheduler = DDPMScheduler(
-        num_train_timesteps=checkpoint.schedule.timesteps, trained_betas=checkpoint.schedule.betas.tolist(), prediction_type=prediction
+        num_train_timesteps=checkpoint.schedule.timesteps, trained_betas=checkpoint.schedule.betas.tolist(), prediction_type=prediction,
+        variance_type="learned_range" if component.config.out_channels == 2 * component.config.in_channels else "fixed_small",
     )  # fmt: skip
     scheduler.save_pretrained(folder / "scheduler")
     index = {
@@ -1397,12 +1398,22 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+# Schedulers whose x is alpha x_0 + sigma z with alpha^2 + sigma^2 = 1, of betas that DDPMScheduler has, too.
+PRESERVING = (
+    "DDPMScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDIMParallelScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler", "LCMScheduler", "TCDScheduler",
+)  # fmt: skip
+
+
 def load(path: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint in a folder of a diffusers pipeline with a UNet2DModel, or one that `save` wrote. fp32, on the CPU, in eval mode.
 
     Weights are read from unet/diffusion_pytorch_model.safetensors alone, never from a pickled .bin, and no code of the folder is run. Limits and
     memory are those of `fastdiff.load`, for the file and the three JSON files alike. Classes of a UNet2DModel are named by their numbers; the last of
-    its class embeddings is taken for the null class. CheckpointError where there is no such folder, or its network is not covered.
+    its class embeddings is taken for the null class. Of the scheduler the betas and the prediction are read, and nothing else: where it has
+    clip_sample=False, say so to the sampler, `clip=None`. CheckpointError where there is no such folder, or its network or schedule is not covered.
     """
     folder = Path(path)
     try:
@@ -1443,6 +1454,9 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         steps = scheduling.get("num_train_timesteps", 1000)
         if type(steps) is not int or not 1 <= steps <= MAX_TIMESTEPS:
             raise ValueError(f"num_train_timesteps is {steps!r}; it must be a whole number of at most {MAX_TIMESTEPS}")
+        if scheduling.get("_class_name") not in PRESERVING or scheduling.get("use_flow_sigmas"):
+            what = "has flow sigmas" if scheduling.get("use_flow_sigmas") else f"is {scheduling.get('_class_name')}"
+            raise ValueError(f"its scheduler {what}, whose schedule is not one of betas; read are those of {', '.join(PRESERVING)}")
         scheduler = scheduling_ddpm.DDPMScheduler.from_config(scheduling)
         names = {name: ours for ours, name in PREDICTION_TYPES.items()}
         if scheduler.config.prediction_type not in names:

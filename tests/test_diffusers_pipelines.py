@@ -579,6 +579,9 @@ def test_folders_that_are_no_checkpoint(tmp_path):
     for file, values, text in (
         ("unet/config.json", {"time_embedding_type": "fourier"}, "time_embedding_type='fourier' is not covered"),
         ("unet/config.json", {"layers_per_block": 2}, "cannot be read as a checkpoint: "),
+        ("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"}, "its scheduler is EDMEulerScheduler, whose schedule"),
+        ("scheduler/scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "whose schedule is not one of betas"),
+        ("scheduler/scheduler_config.json", {"use_flow_sigmas": True}, "its scheduler has flow sigmas, whose schedule is not one of betas"),
         (
             "model_index.json",
             {"unet": ["diffusers", "UNet2DConditionModel"]},
@@ -680,6 +683,17 @@ def test_a_sampler_takes_the_network_of_a_pipeline_for_its_own(classes):
         assert before is None or not torch.equal(made, before)
         before = made
     assert model.training and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_learned_variance_is_saved_as_one(tmp_path):
+    """So that plain diffusers can sample it."""
+    learned = pipeline(model=unet(out_channels=6), variance_type="learned_range")
+    learned.save_pretrained(tmp_path / "a")
+    ours.save(ours.load(tmp_path / "a"), tmp_path / "b")
+    again = diffusers.DDPMPipeline.from_pretrained(tmp_path / "b")
+    again.set_progress_bar_config(disable=True)
+    assert again.scheduler.config.variance_type == "learned_range"
+    assert np.abs(images(again, 2, 5)[0] - images(learned, 2, 5)[0]).max() <= 1e-4
 
 
 def test_classes_that_do_not_fit_are_diffusers_error():
