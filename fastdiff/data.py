@@ -21,6 +21,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from .files import open_regular, read_regular
+from .parts import MAX_HEAD, TooManyError, pixels_only, too_many_scans
 
 ASSETS = Path(__file__).parent / "assets"
 MAX_BYTES = 8 << 30  # decoded, one array
@@ -32,19 +33,12 @@ BOMB_BYTES = 64 << 20
 BOMB_RATIO = 200
 MAX_DIRECTORY = 1 << 20  # bytes of an archive's table of contents, some 10,000 arrays; also of a single read from it
 MAX_PIXELS = 1 << 24  # one image: 4096 x 4096
-MAX_SLOW_PIXELS = 1 << 21  # where the decoder is Python code
+MAX_SLOW_PIXELS = 1 << 20  # where the decoder is Python code
 MAX_IMAGE_BYTES = 128 << 20  # one image's file
 MAX_ENTRIES = 1 << 21  # of a folder, its class folders included
 # Pillow looks at the content, not the name, and some of its formats start other programs (EPS runs Ghostscript): ours are listed.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-
-
-# What Pillow's time grows with faster than with pixels and bytes: a JPEG's scans, each gone through for all of the image, and comments and Exif
-# blocks, which are joined one by one. By chance such bytes stand in pixels once in 65,536 places, hence a share of the file as well.
-CROWDS = {"JPEG": ((b"\xff\xda", 64), (b"Exif\x00\x00", 64)), "GIF": ((b"\x21\xfe", 256),)}
-CROWD_SHARE = 4096
-MAX_SCANNED = 1 << 28  # a JPEG's pixels, times its scans: a progressive one has some 10
 
 
 def one_line(text: str) -> str:
@@ -164,14 +158,16 @@ def load(
       to size x size pixels; without it they must be of one size. `skip_bad` warns of unreadable images instead of raising.
     - One image file, cut row by row into squares of `tile` pixels; tiles of a single colour are dropped.
 
-    Image files become RGB, composed on white; arrays keep their channels. Classes without names are called "0", "1", ...
+    Image files become RGB, composed on white; of several pictures in one the first is read. Arrays keep their channels. Classes without
+    names are called "0", "1", ...
     Raises DataError, one line, for whatever cannot be read. Nothing is ever unpickled, and no name inside a file is used as a path.
 
     Sizes are believed only once they fit the file, before anything is decoded. Refused are: an .npz whose arrays take more than 64 MiB and
-    more than 200 times its own size, arrays of more than 8 GiB, images of more than 2^24 pixels (2^21 in the formats that Pillow decodes in
-    Python) or 128 MiB, folders of more than 2^21 entries, more than 2^16 classes, and class names of more than 200 characters or with control
-    characters. So memory is bounded: beside the images that are returned, 1 GiB for an image file or folder; for .npy and .npz 10 times
-    the arrays' bytes, which in an .npz are at most 64 MiB or 200 times its size.
+    more than 200 times its own size, arrays of more than 8 GiB, images of more than 2^24 pixels (2^20 in the formats that Pillow decodes in
+    Python), 128 MiB or 2^16 parts (chunks, segments, blocks, strips), folders of more than 2^21 entries, more than 2^16 classes, and class
+    names of more than 200 characters or with control characters. Of an image file Pillow is given only what its pixels need. So a file that
+    is made to take long takes no longer than a large image does, and memory is bounded: beside the images that are returned, 1 GiB for an
+    image file or folder; for .npy and .npz 10 times the arrays' bytes, which in an .npz are at most 64 MiB or 200 times its size.
     """
     path = ASSETS / "sprites.npz" if source == "sprites" else Path(source)
     if not os.path.exists(path) or not os.fspath(source):
@@ -438,27 +434,39 @@ def _sheet(path: Path, tile: int) -> Dataset:
     return Dataset(tiles, None, (), None)
 
 
+def opened(path: Path) -> Image.Image:
+    """The first picture of an image file, of a size that is allowed, not decoded yet. Raises DataError, or what the decoders raise."""
+    content = pixels_only(read_regular(path, MAX_IMAGE_BYTES))
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    pixels, size = image.width * image.height, f"{image.width} x {image.height} pixels"
+    slow = any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ()))
+    limit = MAX_SLOW_PIXELS if slow else MAX_PIXELS
+    if pixels > limit:
+        raise DataError(f"{path}: claims {size}, more than the {limit} allowed; make it smaller")
+    # Its runs may be of no pixels.
+    if slow and image.format == "BMP" and len(content) > MAX_HEAD + 4 * pixels:
+        raise DataError(f"{path}: has {len(content)} bytes for {size}, as no program writes; save it anew")
+    if image.format == "JPEG":
+        if too_many_scans(content, pixels):
+            raise DataError(f"{path}: has more scans than any camera or program writes of {size}; save it anew")
+        # In one block: where its decoder can do nothing with a block, it begins anew with the next one added.
+        image.decodermaxblock = len(content)  # type: ignore[attr-defined]
+    return image
+
+
 def _picture(path: Path) -> Image.Image:
     try:
-        content = read_regular(path, MAX_IMAGE_BYTES)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                slow = any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ()))
-                limit = MAX_SLOW_PIXELS if slow else MAX_PIXELS
-                if image.width * image.height > limit:
-                    raise DataError(f"{path}: claims {image.width} x {image.height} pixels, more than the {limit} allowed; make it smaller")
-                for marker, most in CROWDS.get(image.format or "", ()):
-                    if content.count(marker) > most + len(content) // CROWD_SHARE:
-                        raise DataError(f"{path}: has more parts than any camera or program writes; save it anew")
-                if image.format == "JPEG" and image.width * image.height * content.count(b"\xff\xda") > MAX_SCANNED:
-                    raise DataError(f"{path}: has more scans than any camera or program writes of so many pixels; save it anew")
+            with opened(path) as image:
                 # Pillow cuts these off at 255 instead of scaling them.
                 if image.mode.startswith(("I", "F")):
                     raise DataError(f"{path}: has pixels of more than 8 bits (mode {image.mode}); save it with 8 bits a channel")
                 return _on_white(image)
     except DataError:
         raise
+    except TooManyError as error:
+        raise DataError(f"{path}: has {error}, as no camera or program writes; save it anew") from None
     except Image.DecompressionBombError:
         raise DataError(f"{path}: claims more pixels than the {MAX_PIXELS} allowed; make it smaller") from None
     except UnidentifiedImageError:

@@ -272,7 +272,7 @@ def _odd_files(folder: Path) -> str:
     ]:
         if each.suffix.lower() in data.SUFFIXES and not each.name.startswith(".") and each.is_file():
             try:
-                with Image.open(each, formats=data.FORMATS) as image:
+                with data.opened(each) as image:
                     mode, clear = image.mode, "transparency" in image.info
             except Exception:  # what cannot be read, data.load has refused
                 continue

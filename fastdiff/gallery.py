@@ -590,7 +590,7 @@ def _picture(checkpoint: Checkpoint, options: Options) -> np.ndarray:
         picture = Image.fromarray(images[int(options.image)])
     else:
         try:
-            with Image.open(options.image, formats=data.FORMATS) as file:
+            with data.opened(Path(options.image)) as file:
                 rgba = file.convert("RGBA")
         except FileNotFoundError:
             raise ValueError(f"no image {options.image!r}; give an image file, or the number of a shipped sprite") from None

@@ -43,6 +43,7 @@ CORPUS = Path(__file__).parent / "corpus"
 WATCHED = [
     "fastdiff.checkpoint",
     "fastdiff.data",
+    "fastdiff.parts",
     "fastdiff.unet",
     "fastdiff.unet2d",
     "fastdiff.schedules",

@@ -311,7 +311,7 @@ def test_the_command_writes_and_says_where(net, tmp_path, monkeypatch, capsys):
         (["forward", "--label", "7"], "no class '7' in NET"),
         (["forward", "--image", "nowhere.png"], "no image 'nowhere.png'; give an image file, or the number of a shipped sprite"),
         (["forward", "--image", "file"], "file is not a readable image (UnidentifiedImageError); give one of PNG, JPEG"),
-        (["forward", "--image", "."], ". is not a readable image (IsADirectoryError)"),
+        (["forward", "--image", "."], ". is not a readable image (OSError)"),
         (["posterior", "--image", "99999999"], "no shipped sprite 99999999; they have the numbers 0 to "),
         (["forward", "--solver", "ddim"], "unrecognized arguments: --solver ddim"),
         (["reverse", "--solver", "eulr"], "unknown solver 'eulr'; known: ddpm, "),
