@@ -90,12 +90,16 @@ def _runs(process: int) -> bool:
 
 def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
     """A file, opened to read bytes. OSError for what is none: a device would never end, and a FIFO waits for its other end."""
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    number = os.open(path, flags)
+    return os.fdopen(regular(path, os.O_RDONLY), "rb")
+
+
+def regular(path: str | os.PathLike[str], flags: int) -> int:
+    """The descriptor of a file, opened with these flags of `os.open`. OSError for what is none."""
+    number = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0), 0o666)
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
         raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
-    return os.fdopen(number, "rb")
+    return number
 
 
 def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:

@@ -21,7 +21,6 @@ import math
 import os
 import re
 import socket
-import stat
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,7 +33,7 @@ import numpy as np
 import torch
 
 from .distributed import Group
-from .files import atomic_write, flush_folder, make_folder, open_regular, parse_json, read_regular, remove_parts
+from .files import atomic_write, flush_folder, make_folder, open_regular, parse_json, read_regular, regular, remove_parts
 
 FORMAT = 1
 MANIFEST, LOCK, GRID = "manifest.json", ".lock", "grid.png"
@@ -252,8 +251,8 @@ def _read_journal(plan: Plan, path: Path) -> dict[int, str]:
     """What a journal says. A line that a kill has cut short says nothing."""
     with open_regular(path) as f:
         text = f.read(MAX_MANIFEST)
-    found = {int(m[1]): m[2].decode() for m in RECORD.finditer(text) if int(m[1]) < plan.count}
-    odd = text.count(b"\n") + (text[-1:] not in (b"", b"\n")) - sum(int(m[1]) < plan.count for m in RECORD.finditer(text))
+    records = [(int(m[1]), m[2].decode()) for m in RECORD.finditer(text) if int(m[1]) < plan.count]
+    found, odd = dict(records), text.count(b"\n") + (text[-1:] not in (b"", b"\n")) - len(records)
     if odd:
         log.warning("%s: passed over what is no record of a shard, %d times", path, odd)
     return found
@@ -523,15 +522,11 @@ def _lock(folder: Path, group: Group) -> Iterator[None]:
 def _lock_file(path: Path) -> IO[str]:
     """The file that is locked. OSError where a link, which may lead to anything, or what is no file has its name."""
     try:
-        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        return os.fdopen(regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW), "r+")
     except OSError as e:
         if e.errno == errno.ELOOP:
             raise OSError(errno.ELOOP, "a symbolic link, where the run's lock is to be; remove it", os.fspath(path)) from None
         raise
-    if not stat.S_ISREG(os.fstat(number).st_mode):
-        os.close(number)
-        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
-    return os.fdopen(number, "r+")
 
 
 def _read(folder: Path, plan: Plan, shard: int) -> bytes | None:
