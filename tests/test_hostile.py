@@ -374,7 +374,7 @@ def test_files_that_change_or_may_not_be_read(path, monkeypatch):
         refuse_checkpoint(path, whole, "its size changed while it was read")
     monkeypatch.setattr(checkpoint, "_places", places)
 
-    def forbidden(name, flags):
+    def forbidden(name, *flags):
         raise PermissionError(13, "Permission denied", str(name))
 
     for name in ("a.npz", "a.npy", "a.png"):
