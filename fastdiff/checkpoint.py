@@ -50,7 +50,8 @@ class CheckpointError(ValueError):
 class Checkpoint:
     """A network with what it was trained for. prediction: "epsilon", "v" or "x0". record: how it was trained, plain JSON values.
 
-    digest: sha256 (hex) of the file that it was loaded from, of the very bytes that were read; "" for one that comes from no file.
+    digest: sha256 (hex) of the file that it was loaded from, of the very bytes that were read; "" for one that comes from no file. clip: the bound
+    of x_0 that its samplers have unless they are told another, None for none.
     """
 
     model: UNet | UNet2D
@@ -59,6 +60,7 @@ class Checkpoint:
     classes: tuple[str, ...] = ()
     record: dict[str, Any] = field(default_factory=dict)
     digest: str = field(default="", compare=False)
+    clip: float | None = field(default=1.0, kw_only=True)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -73,7 +75,7 @@ class Checkpoint:
             shape=self.shape,
             prediction=self.prediction,
             num_classes=self.model.config.num_classes,
-            **options,
+            **{"clip": self.clip} | options,
         )
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
@@ -86,6 +88,8 @@ class Checkpoint:
             "classes": list(self.classes),
             "record": self.record,
         }
+        if self.clip != 1:
+            about["clip"] = self.clip
         write_tensors(path, {k: v.to(dtype) for k, v in self.model.state_dict().items()}, about)
 
 
@@ -123,6 +127,9 @@ def load(source: str | os.PathLike[str]) -> Checkpoint:
         config = settings_of.from_config(settings)
         schedule = Schedule.from_config(about["schedule"])
         classes, prediction, record = about["classes"], about["prediction"], dict(about["record"])
+        clip = about.get("clip", 1.0)
+        if clip is not None and not (type(clip) in (int, float) and 0 < clip < math.inf):
+            raise ValueError(f"clip is {clip!r}, neither a positive number nor null")
         if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes) or len(set(classes)) != len(classes):
             raise ValueError("classes are no list of different names")
         if (odd := odd_name(classes)) is not None:
@@ -140,7 +147,7 @@ def load(source: str | os.PathLike[str]) -> Checkpoint:
     except ValueError as e:
         raise CheckpointError(f"{path} {e}") from None
     model.to(memory_format=torch.channels_last)
-    return Checkpoint(model, schedule, prediction, tuple(classes), record, digest)
+    return Checkpoint(model, schedule, prediction, tuple(classes), record, digest, clip=clip)
 
 
 def fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:

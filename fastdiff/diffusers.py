@@ -24,6 +24,7 @@ import contextlib
 import copy
 import functools
 import importlib.util
+import inspect
 import json
 import logging
 import math
@@ -315,7 +316,9 @@ class _Fused:
         channels = x.shape[1]
         if m.shape != x.shape and m.shape != (len(x), 2 * channels, *x.shape[2:]):
             raise ValueError(f"model_output has shape {list(m.shape)} for a sample of {list(x.shape)}; they must be the same")
-        m, x = m.contiguous(), x.contiguous()
+        if not (m.is_cuda and m.is_contiguous(memory_format=torch.channels_last)):  # which the kernel reads as they lie
+            m = m.contiguous()
+        x = x.contiguous()
         seeds, ids = self._columns(len(x), x.device) if counter else (None, None)
         limit = self._limit(m[:, :channels], x, table, rows) if threshold else None
         before, earlier, noise = (v if v is None else v.contiguous() for v in (before, earlier, noise))
@@ -342,6 +345,14 @@ class _Fused:
         n = len(x0)
         t = (t.expand(n) if len(t) != n else t).contiguous()
         exact = torch.float64 if dtype == torch.float64 else torch.float32
+        both = x0, noise
+        if (
+            x0.ndim == 4
+            and not all(v.is_contiguous() for v in both)
+            and all(v.is_contiguous(memory_format=torch.channels_last) for v in both)
+        ):
+            x0, noise = (v.permute(0, 2, 3, 1) for v in both)  # as they lie in memory
+            return self._forward(x0, noise, t, table).permute(0, 3, 1, 2)
         x0, noise, rows = x0.to(dtype).contiguous(), noise.contiguous(), table(exact)
         if exact == torch.float64:
             alpha, sigma = rows[t][:, :2].reshape(-1, 2, *[1] * (x0.ndim - 1)).unbind(1)
@@ -555,10 +566,10 @@ class DDPMScheduler(_ByTimestep, scheduling_ddpm.DDPMScheduler):  # type: ignore
 
     def _check_chosen(self, t: Tensor | int) -> None:
         """IndexError for a timestep that set_timesteps has not chosen, as far as that can be told without waiting for a device."""
-        if not (self.custom_timesteps or self.num_inference_steps):
+        if not (self.custom_timesteps or self.num_inference_steps) or torch.compiler.is_compiling():
             return
         if isinstance(t, Tensor):
-            if t.device.type != "cpu" or torch.compiler.is_compiling():
+            if t.device.type != "cpu":
                 return
             odd = t.reshape(-1)[~torch.isin(t.reshape(-1), self._host_timesteps())].tolist()
         else:
@@ -881,9 +892,9 @@ class DPMSolverMultistepScheduler(_Fused, scheduling_dpmsolver_multistep.DPMSolv
         """Find the first place of a loop; compiled, it stays on the device."""
         if self._begin_index is not None:
             self._step_index = self._begin_index
-        elif torch.compiler.is_compiling() and isinstance(timestep, Tensor):
+        elif torch.compiler.is_compiling():
             places = self._known("places", torch.int64, device, self._places)
-            self._step_index = places[timestep.reshape(1).to(device, torch.int64)]
+            self._step_index = places[self._rows(timestep, 1, device)]
         else:
             number = None if _fractional(timestep) else self._whole(timestep)
             self._init_step_index(timestep if number is None else number)
@@ -1351,7 +1362,8 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
 
     A network that came from a UNet2DModel is written as one. fastdiff's own UNet is none, nor can one compute it (its groups are of so many channels,
     not so many groups, and it works on folded pixels), so its source goes into the folder, as diffusers has it for components of one's own:
-    `DDPMPipeline.from_pretrained(path, trust_remote_code=True)`. Without class_labels that samples from the null class.
+    `DDPMPipeline.from_pretrained(path, trust_remote_code=True)`. Without class_labels that samples from the null class. Its scheduler has the
+    checkpoint's schedule, prediction and clip, and what `load` has kept of the one before.
     ValueError for a prediction that diffusers' DDPM has no name for, or a schedule without betas.
     """
     model, prediction = checkpoint.model, PREDICTION_TYPES.get(checkpoint.prediction)
@@ -1384,9 +1396,14 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
         component.net.load_state_dict(model.state_dict())
         names = ["fastdiff_unet", "FastdiffUNet"]
     component.save_pretrained(folder / "unet")
+    kept = checkpoint.record.get("scheduler")
+    settings = {name: kept[name] for name in KEPT if name in kept} if isinstance(kept, dict) else {}
+    if component.config.out_channels == 2 * component.config.in_channels:
+        settings["variance_type"] = "learned_range"
+    settings |= {"clip_sample": checkpoint.clip is not None, "clip_sample_range": checkpoint.clip or 1.0}
     scheduler = DDPMScheduler(
         num_train_timesteps=checkpoint.schedule.timesteps, trained_betas=checkpoint.schedule.betas.tolist(), prediction_type=prediction,
-        variance_type="learned_range" if component.config.out_channels == 2 * component.config.in_channels else "fixed_small",
+        **settings,
     )  # fmt: skip
     scheduler.save_pretrained(folder / "scheduler")
     index = {
@@ -1398,6 +1415,10 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+# Settings of a pipeline's scheduler that `load` keeps in record["scheduler"], beside its _class_name, and `save` writes again.
+KEPT = (
+    "variance_type", "timestep_spacing", "steps_offset", "thresholding", "dynamic_thresholding_ratio", "sample_max_value",
+)  # fmt: skip
 # Schedulers whose x is alpha x_0 + sigma z with alpha^2 + sigma^2 = 1, of betas that DDPMScheduler has, too.
 PRESERVING = (
     "DDPMScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDIMParallelScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler",
@@ -1412,8 +1433,10 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 
     Weights are read from unet/diffusion_pytorch_model.safetensors alone, never from a pickled .bin, and no code of the folder is run. Limits and
     memory are those of `fastdiff.load`, for the file and the three JSON files alike. Classes of a UNet2DModel are named by their numbers; the last of
-    its class embeddings is taken for the null class. Of the scheduler the betas and the prediction are read, and nothing else: where it has
-    clip_sample=False, say so to the sampler, `clip=None`. CheckpointError where there is no such folder, or its network or schedule is not covered.
+    its class embeddings is taken for the null class. Of the scheduler the betas and the prediction are read, and the bound of x_0 that it has, if any,
+    as `clip`. Where it is not a DDPMScheduler with the defaults, record["scheduler"] has its _class_name, and its variance, spacing and thresholding,
+    which a sampler is told as solver, variance, spacing and threshold. CheckpointError where there is no such folder, or its network or schedule is
+    not covered.
     """
     folder = Path(path)
     try:
@@ -1463,11 +1486,35 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             raise ValueError(f"prediction_type {scheduler.config.prediction_type!r} is not covered; it may be {', '.join(names)}")
         schedule = Schedule.from_alphas_cumprod(scheduler.alphas_cumprod)
         record = dict(settings.get("record") or {})
+        kept = {name: scheduling[name] for name in ("_class_name", *KEPT) if name in scheduling}
+        if not kept.items() <= ({"_class_name": "DDPMScheduler"} | _defaults("DDPMScheduler")).items():
+            record["scheduler"] = kept
+        clip = _bound(scheduling)
     # diffusers believes its configuration: what it does with an odd one is any of these.
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, NotImplementedError, ArithmeticError) as e:
         raise CheckpointError(f"{folder} cannot be read as a checkpoint: {' '.join(str(e).split())[:300]}") from None
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Checkpoint(model, schedule, names[scheduler.config.prediction_type], classes, record)
+    return Checkpoint(model, schedule, names[scheduler.config.prediction_type], classes, record, clip=clip)
+
+
+def _bound(scheduling: dict[str, Any]) -> float | None:
+    """What a scheduler of this configuration clamps x0 to, or None; also where it is a quantile of each image. ValueError where it is no number."""
+    said = _defaults(scheduling["_class_name"])
+    said = {name: scheduling.get(name, value) for name, value in said.items()}
+    if said.get("thresholding"):
+        return 1.0 if said["sample_max_value"] == 1 else None
+    if not said.get("clip_sample"):
+        return None
+    bound = said.get("clip_sample_range", 1.0)
+    if type(bound) not in (int, float) or not 0 < bound < math.inf:
+        raise ValueError(f"clip_sample_range is {bound!r}; it must be a positive number")
+    return float(bound)
+
+
+def _defaults(scheduler: str) -> dict[str, Any]:
+    """The settings of a diffusers scheduler that is given none."""
+    parameters = inspect.signature(getattr(diffusers, scheduler).__init__).parameters
+    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
 
 
 def _renamed(name: str, kind: str) -> str:

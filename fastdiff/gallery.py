@@ -239,7 +239,9 @@ def posterior(checkpoint: Checkpoint, out: Path, options: Options) -> list[Made]
     rows: list[list[np.ndarray | None]] = []
     labels = []
     for strength in (0.3, 0.45, 0.6, 0.75):
-        table = solvers.table(solver, checkpoint.schedule, steps=steps, strength=strength, prediction=checkpoint.prediction, clip=1.0)
+        table = solvers.table(
+            solver, checkpoint.schedule, steps=steps, strength=strength, prediction=checkpoint.prediction, clip=checkpoint.clip
+        )
         alpha, sigma = (float(v) for v in table.levels[0])
         # The start is the same for all: one seed. The noise of the steps is each one's own.
         images = sampler(

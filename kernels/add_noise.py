@@ -10,26 +10,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .philox import BLOCK, check, grid, ptx, quad_normals, spread, tile
+from .philox import BLOCK, check, grid, place, ptx, quad_normals, spread, tile
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "T"])
 def add_noise_kernel(
-    x_t_ptr, target_ptr, x0_ptr, t_ptr, table_ptr, noise_ptr, seeds_ptr, ids_ptr, counter_ptr, n,
+    x_t_ptr, target_ptr, x0_ptr, t_ptr, table_ptr, noise_ptr, seeds_ptr, ids_ptr, counter_ptr, n, T,
     NUMEL: tl.constexpr, PTX: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """target_ptr None: no target. noise_ptr None: the noise is made from seeds, ids and counter, else those are None."""
     sample, quad, at, step, readable, writable = tile(n, NUMEL, R, P)
-    row = table_ptr + 4 * tl.load(t_ptr + sample)  # [1, P]
+    t, known = place(tl.load(t_ptr + sample), T)  # [1, P]
+    row, none = table_ptr + 4 * t, float("nan")
     x0 = tl.load(x0_ptr + at + step, mask=readable).to(tl.float32)
     if noise_ptr is None:
         z = quad_normals(quad, sample, seeds_ptr, ids_ptr, tl.load(counter_ptr), 1.0, PTX)
     else:
         z = tl.load(noise_ptr + at + step, mask=readable).to(tl.float32)
-    x_t = spread(tl.load(row), R) * x0 + spread(tl.load(row + 1), R) * z
+    x_t = spread(tl.load(row, known, none), R) * x0 + spread(tl.load(row + 1, known, none), R) * z
     tl.store(x_t_ptr + at + step, x_t.to(x_t_ptr.dtype.element_ty), mask=writable)
     if target_ptr is not None:
-        target = spread(tl.load(row + 2), R) * x0 + spread(tl.load(row + 3), R) * z
+        target = spread(tl.load(row + 2, known, none), R) * x0 + spread(tl.load(row + 3, known, none), R) * z
         tl.store(target_ptr + at + step, target.to(target_ptr.dtype.element_ty), mask=writable)
 
 
@@ -45,8 +46,8 @@ def add_noise(
 ) -> tuple[Tensor, Tensor]:
     """x_t and the target (empty unless `target`), in the dtype of x0, fp32, fp16 or bf16 [N, ...], contiguous.
 
-    t: int64 [N], each in [0, T) (not checked: that would wait for the device). table: fp32 [T, 4]. noise: any float of x0's shape,
-    or None: the noise stream at (seeds [N], ids [N], counter).
+    t: int64 [N], of -T .. T - 1, counted from the table's end below 0. A sample with another becomes NaN: an error would wait for the device.
+    table: fp32 [T, 4]. noise: any float of x0's shape, or None: the noise stream at (seeds [N], ids [N], counter).
     """
     n, device = len(x0), x0.device
     numel = x0[0].numel() if n else 0
@@ -72,6 +73,6 @@ def add_noise(
     if x0.numel():
         with torch.cuda.device_of(x0):
             add_noise_kernel[grid(n, numel)](
-                x_t, wanted, x0, t, table, noise, seeds, ids, counter, n, NUMEL=numel, PTX=ptx(device), **BLOCK
+                x_t, wanted, x0, t, table, noise, seeds, ids, counter, n, len(table), NUMEL=numel, PTX=ptx(device), **BLOCK
             )
     return x_t, x0.new_empty(0) if wanted is None else wanted

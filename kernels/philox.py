@@ -136,6 +136,13 @@ def tile(n, NUMEL: tl.constexpr, R: tl.constexpr, P: tl.constexpr):
     return sample, quad, at, step, readable, live & readable
 
 
+@triton.jit
+def place(index, length):
+    """A place in a table of so many rows, counted from its end below 0 as PyTorch counts, and whether there is one: a 64-bit number, and a mask."""
+    index = tl.where(index < 0, index + length, index)
+    return index, (index >= 0) & (index < length)
+
+
 def grid(n: int, numel: int) -> tuple[int]:
     """Programs for n samples of numel elements. Columns are counted in 31 bits: 2^31 quads are 34 GB of fp32."""
     quads = (numel + 3) // 4

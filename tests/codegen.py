@@ -1,6 +1,6 @@
 """Compile the kernels for any CUDA architecture with no GPU and no driver and read the machine code; run it for a table.
 
-test_codegen.py runs it as a process of its own: a kernel decorated for the interpreter cannot be compiled. Triton brings cuobjdump.
+test_codegen.py runs it as a process of its own: a kernel decorated for the interpreter cannot be compiled. Triton brings cuobjdump and nvdisasm.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ import collections
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-BIN = "backends/nvidia/bin/cuobjdump"
+BIN = "backends/nvidia/bin"
+MACHINES = {80: "SM80", 90: "SM90a", 100: "SM100a"}  # as nvdisasm calls what Triton compiles for
 # A SASS line: address, predicate if any, opcode, operands.
 LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*[a-z0-9_.]*[A-Z0-9_.]*)([^;]*);", re.M)
 
@@ -32,19 +34,43 @@ def compile_offline(fn: Any, types: dict[str, str], constants: dict[str, Any], a
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm
 
 
-def cuobjdump(cubin: bytes, flag: str) -> str:
+def output(program: str, *flags: str, of: bytes) -> str:
     import triton
 
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(of)
         file.flush()
-        command = [Path(triton.__file__).parent / BIN, flag, file.name]
+        command = [Path(triton.__file__).parent / BIN / program, *flags, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def executed(sass: str) -> collections.Counter[str]:
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and bytes that a kernel takes, by name."""
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", output("cuobjdump", "-res-usage", of=cubin))}
+
+
+def code(cubin: bytes) -> bytes:
+    """The instructions of the one kernel in a cubin, which is an ELF file: its section .text.*"""
+    (headers,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, headers + i * size) for i in range(count)]
+    found = [cubin[at : at + length] for name, _, _, _, at, length in sections if cubin.startswith(b".text.", sections[names][4] + name)]
+    (only,) = found
+    return only
+
+
+def disassembled(cubins: list[bytes], arch: int) -> list[list[tuple[int, str, str, str]]]:
+    """Address, predicate, opcode and operands of every instruction of each kernel, by one run: to begin takes nvdisasm longer than to read a kernel."""
+    codes = [code(cubin) for cubin in cubins]
+    sass = output("nvdisasm", "--binary", MACHINES[arch], of=b"".join(codes))
+    lines = iter([(int(address, 16), *rest) for address, *rest in LINE.findall(sass)])
+    kernels = [[next(lines) for _ in range(len(each) // 16)] for each in codes]  # of 16 bytes each
+    assert next(lines, None) is None, "there is an instruction more than there is room for"
+    return kernels  # type: ignore[return-value]
+
+
+def executed(lines: list[tuple[int, str, str, str]]) -> collections.Counter[str]:
     """Opcodes on the longest path through a kernel: no warp executes more. Raises ValueError if there is a loop or a call."""
-    lines = [(int(address, 16), predicate, opcode, operands) for address, predicate, opcode, operands in LINE.findall(sass)]
     index = {address: i for i, (address, *_) in enumerate(lines)}
     following: list[list[int]] = []
     for i, (address, predicate, opcode, operands) in enumerate(lines):
@@ -92,7 +118,7 @@ def compiled(kernel: str, arch: int, dtype: str = "fp32", numel: int = 768, **fl
     options = {key: block()[key] for key in ("num_warps", "enable_fp_fusion")}
     constants = {"NUMEL": numel, "PTX": arch, "R": block()["R"], "P": block()["P"], **flags}
     types = dict.fromkeys(fn.arg_names, "*fp64" if dtype == "fp64" else "*fp32")
-    types |= {"row_ptr": "*i32", "counter_ptr": "*i32", "seeds_ptr": "*i64", "ids_ptr": "*i64", "t_ptr": "*i64", "n": "i32"}
+    types |= {"row_ptr": "*i32", "counter_ptr": "*i32", "seeds_ptr": "*i64", "ids_ptr": "*i64", "t_ptr": "*i64", "n": "i32", "T": "i32"}
     types |= dict.fromkeys(("m_ptr", "model_input_ptr", "x_t_ptr", "target_ptr", "noise_ptr"), f"*{dtype}")
     if kernel == "add_noise":
         types["x0_ptr"] = f"*{dtype}"
@@ -106,20 +132,24 @@ def clamps(asm: Any) -> dict[str, int]:
     return collections.Counter(re.findall(r"\b((?:min|max|setp\.nan)\.[\w.]*f(?:32|64))\b", asm["ptx"]))
 
 
-def report(case: dict[str, Any]) -> dict[str, Any]:
+def report(asm: Any, lines: list[tuple[int, str, str, str]]) -> dict[str, Any]:
     """Resources, instructions an element, opcodes and clamps of one kernel."""
-    asm = compiled(**case)
-    cubin, rows, columns = asm["cubin"], block()["R"], block()["P"]
+    rows, columns = block()["R"], block()["P"]
     tiles = rf"tt\.(?:load|store) .*tensor<{rows * columns}x4x!tt\.ptr<f32>, (#\w+)>"
-    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", cuobjdump(cubin, "-res-usage"))}
-    opcodes = executed(cuobjdump(cubin, "-sass"))
+    opcodes = executed(lines)
     per_element = sum(opcodes.values()) * 32 * block()["num_warps"] / (4 * rows * columns)
     layouts = sorted(set(re.findall(tiles, asm["ttgir"])))
-    return {"used": used, "opcodes": dict(opcodes), "per_element": per_element, "fp32_layouts": layouts, "clamps": clamps(asm)}
+    return {
+        "used": resources(asm["cubin"]), "opcodes": dict(opcodes), "per_element": per_element, "fp32_layouts": layouts, "clamps": clamps(asm),
+    }  # fmt: skip
 
 
 PLAIN = {"GUIDED": False, "PAIRED": False, "HISTORY": 0, "VARIANCE": False, "noise_ptr": None}
-ALONE = dict.fromkeys(("noise_ptr", "seeds_ptr", "ids_ptr", "limit_ptr", "before_ptr", "earlier_ptr")) | {"EACH": False, "VARIANCE": False}
+ALONE = dict.fromkeys(("noise_ptr", "seeds_ptr", "ids_ptr", "limit_ptr", "before_ptr", "earlier_ptr")) | {
+    "EACH": False,
+    "VARIANCE": False,
+    "LAST": 0,
+}
 CASES: dict[str, dict[str, Any]] = {}
 for _arch in (80, 90, 100):
     _step = {"kernel": "solver_step", "arch": _arch} | PLAIN
@@ -148,6 +178,7 @@ SCHEDULED = {
     "each fp32": _but(_alone, "noise_ptr", EACH=True),
     "limit past fp32": _but(_alone, "noise_ptr", "limit_ptr", "before_ptr", "earlier_ptr"),
     "variance bf16": _but(_alone, "noise_ptr", dtype="bf16", VARIANCE=True),
+    "channels-last bf16": _but(_alone, "noise_ptr", dtype="bf16", LAST=3),
 }
 CASES |= {
     "solver_step guided bf16 sm_90": _step | {"dtype": "bf16", "GUIDED": True, "PAIRED": True},
@@ -172,7 +203,12 @@ EXACT = {
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    reports = {name: report(case) for name, case in CASES.items()}
+    made = {name: compiled(**case) for name, case in CASES.items()}
+    lines = {}
+    for arch in MACHINES:
+        names = [name for name, case in CASES.items() if case["arch"] == arch]
+        lines |= dict(zip(names, disassembled([made[name]["cubin"] for name in names], arch), strict=True))
+    reports = {name: report(asm, lines[name]) for name, asm in made.items()}
     if "--json" in sys.argv:
         print(json.dumps(reports | {name: {"clamps": clamps(compiled(**case))} for name, case in EXACT.items()}))
     else:

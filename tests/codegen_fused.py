@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
-from codegen import LINE, compile_offline, cuobjdump
+from codegen import MACHINES, compile_offline, disassembled, resources
 
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv", torch.int64: "i64",
@@ -84,8 +84,8 @@ def network(config: Any, n: int, fp8: bool) -> dict[str, tuple[Any, tuple[Any, .
     return dict(zip(names, kept, strict=True))
 
 
-def report(fn: Any, args: tuple[Any, ...], constants: dict[str, Any], arch: int) -> dict[str, Any]:
-    """Resources and opcodes of one launch."""
+def compiled(fn: Any, args: tuple[Any, ...], constants: dict[str, Any], arch: int) -> Any:
+    """One launch's kernel."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     types, fixed = {}, {key: value for key, value in constants.items() if key not in OPTIONS}
@@ -96,15 +96,17 @@ def report(fn: Any, args: tuple[Any, ...], constants: dict[str, Any], arch: int)
             types[name] = f"tensordesc<{TYPES[value.base.dtype]}{str(list(value.block_shape)).replace(' ', '')}>"
         else:
             types[name] = f"*{TYPES[value.dtype]}" if isinstance(value, torch.Tensor) else "i32"
-    compiled = compile_offline(fn, types, fixed, arch, {key: constants[key] for key in OPTIONS})
-    usage = cuobjdump(compiled["cubin"], "-res-usage")
-    used = {key: int(usage.partition(f"{key}:")[2].split()[0]) for key in ("REG", "STACK", "LOCAL")}
-    opcodes = collections.Counter(opcode for _, _, opcode, _ in LINE.findall(cuobjdump(compiled["cubin"], "-sass")))
+    return compile_offline(fn, types, fixed, arch, {key: constants[key] for key in OPTIONS})
+
+
+def report(fn: Any, asm: Any, lines: list[tuple[int, str, str, str]]) -> dict[str, Any]:
+    """Resources and opcodes of one kernel."""
     # From one layout of the matrix unit to another. Where only the products' depth differs, e4m3's from bf16's, the registers are the same.
-    layouts = dict(re.findall(r"^(#mma\d*) = #ttg.nvidia_mma<(.*)>", re.sub(r", \d+\]", "]", compiled["ttgir"]), re.M))
-    pairs = re.findall(r"convert_layout .*xf32, (#mma\d*)> -> tensor<\d+x\d+xf32, (#mma\d*)>", compiled["ttgir"])
+    layouts = dict(re.findall(r"^(#mma\d*) = #ttg.nvidia_mma<(.*)>", re.sub(r", \d+\]", "]", asm["ttgir"]), re.M))
+    pairs = re.findall(r"convert_layout .*xf32, (#mma\d*)> -> tensor<\d+x\d+xf32, (#mma\d*)>", asm["ttgir"])
     moved = sum(layouts[one] != layouts[other] for one, other in pairs)
-    return {"kernel": fn.__name__, "used": used, "opcodes": dict(opcodes), "sums_moved": moved}
+    opcodes = collections.Counter(opcode for _, _, opcode, _ in lines)
+    return {"kernel": fn.__name__, "used": resources(asm["cubin"]), "opcodes": dict(opcodes), "sums_moved": moved}
 
 
 def described(fn: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> str:
@@ -148,7 +150,11 @@ def cases() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], int]]:
 
 
 if __name__ == "__main__":
-    reports = {name: report(*case) for name, case in cases().items()}
+    reports, found = {}, cases()
+    for arch in MACHINES:
+        made = {name: (case[0], compiled(*case)) for name, case in found.items() if case[-1] == arch}
+        lines = disassembled([asm["cubin"] for _, asm in made.values()], arch)
+        reports |= {name: report(fn, asm, own) for (name, (fn, asm)), own in zip(made.items(), lines, strict=True)}
     if "--json" in sys.argv:
         print(json.dumps(reports))
     else:

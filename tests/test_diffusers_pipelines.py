@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import logging
+import math
 import pickle
 import subprocess
 import sys
@@ -561,6 +562,36 @@ def test_a_unet2dmodel_as_a_checkpoint_and_back(classes, tmp_path):
     assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items()) and len(weights[0]) == len(weights[1])
 
 
+@pytest.mark.parametrize(
+    ("settings", "clip"),
+    [
+        ({"clip_sample": False}, None),
+        ({"clip_sample_range": 2.5, "variance_type": "fixed_large"}, 2.5),
+        ({"thresholding": True, "sample_max_value": 1.5, "timestep_spacing": "trailing"}, None),
+        ({"thresholding": True}, 1.0),
+    ],
+)
+def test_what_a_scheduler_says_of_x0_and_variance_survives(settings, clip, tmp_path):
+    pipe = pipeline("ddpm", scheduler=diffusers.DDPMScheduler(num_train_timesteps=100, **settings))
+    pipe.save_pretrained(tmp_path / "theirs")
+    checkpoint = ours.load(tmp_path / "theirs")
+    assert checkpoint.clip == clip and checkpoint.sampler(device="cpu").table.column("clip")[0] == (math.inf if clip is None else clip)
+    if not settings.get("thresholding") and "variance_type" not in settings:
+        assert np.abs(images(pipe, 3, 10)[0] - sampled(checkpoint, 3, 10)).max() <= 2e-4
+    checkpoint.save(tmp_path / "mine.safetensors", dtype=torch.float32)
+    again = fastdiff.load(tmp_path / "mine.safetensors")
+    assert (again.clip, again.record) == (clip, checkpoint.record)
+    ours.save(again, tmp_path / "again")
+    assert np.abs(plain_images(tmp_path / "again", 3, 10)[0] - plain_images(tmp_path / "theirs", 3, 10)[0]).max() <= 1e-4
+    assert ours.load(tmp_path / "again").record == checkpoint.record
+
+
+def test_only_a_scheduler_that_clips_by_itself_bounds_a_checkpoint(tmp_path):
+    for name, clip in (("DDIMScheduler", 1.0), ("PNDMScheduler", None), ("DPMSolverMultistepScheduler", None)):
+        diffusers.DDPMPipeline(unet(), getattr(diffusers, name)(num_train_timesteps=100)).save_pretrained(tmp_path / name)
+        assert ours.load(tmp_path / name).clip == clip, name
+
+
 def test_folders_that_are_no_checkpoint(tmp_path):
     with pytest.raises(
         fastdiff.CheckpointError,
@@ -588,6 +619,7 @@ def test_folders_that_are_no_checkpoint(tmp_path):
             "its network is a UNet2DConditionModel; fastdiff reads UNet2DModel",
         ),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type 'flow' is not covered"),
+        ("scheduler/scheduler_config.json", {"clip_sample_range": "1"}, "clip_sample_range is '1'; it must be a positive number"),
         ("model_index.json", {"unet": None}, "TypeError"),
     ):
         path, old = change(file, **values)

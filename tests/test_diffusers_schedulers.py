@@ -372,6 +372,22 @@ def test_add_noise_and_velocity(name, dtype):
     assert mixed.dtype == theirs.add_noise(x0.float(), z.double(), t).dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_channels_last_images_are_noised_as_they_lie(dtype):
+    """Without a copy, and as diffusers leaves them; where only one of the two is so, or there is a single pixel, as ever."""
+    scheduler, t = ours.DDPMScheduler(), torch.tensor([1, 500, 999])
+    for shape in (SHAPE, (3, 1, 1), (1, 4, 4)):
+        x0, z = (torch.randn(3, *shape).to(dtype) for _ in range(2))
+        wanted = scheduler.add_noise(x0, z, t)
+        last = [v.to(memory_format=torch.channels_last) for v in (x0, z)]
+        for given in (last, (last[0], z), (x0, last[1])):
+            assert torch.equal(scheduler.add_noise(*given, t), wanted)
+    x0, z = (torch.randn(3, *SHAPE, dtype=dtype).to(memory_format=torch.channels_last) for _ in range(2))
+    with Seen() as seen:
+        made = scheduler.add_noise(x0, z, t)
+    assert made.is_contiguous(memory_format=torch.channels_last) and not {"aten::clone", "aten::copy_"} & set(seen.names)
+
+
 def test_dpm_add_noise_at_a_begin_index_makes_nothing_anew():
     """No tensor of a number, which on a GPU is a copy that is waited for."""
     scheduler = ours.DPMSolverMultistepScheduler()
@@ -860,6 +876,25 @@ def test_a_whole_loop_is_one_graph(name):
     torch.manual_seed(0)
     torch.testing.assert_close(got, run(other, x), rtol=0, atol=1e-6)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whole_numbers_for_timesteps_compile_too(name):
+    """Twice, for numbers become symbols when they change, and with what else the history needs."""
+    torch.compiler.reset()
+    results = []
+    for compiled in (False, True):
+        scheduler = getattr(ours, name)()
+        scheduler.set_timesteps(8)
+        counter = CompileCounter()
+        step = torch.compile(stepper(scheduler), backend=counter, fullgraph=True) if compiled else stepper(scheduler)
+        torch.manual_seed(0)
+        y = torch.ones(2, *SHAPE)
+        for t in scheduler.timesteps.tolist():
+            y = step(y, t)
+        results.append(y)
+    assert counter.frame_count <= 3
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
 
 
 def test_compiled_add_noise():

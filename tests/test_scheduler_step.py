@@ -139,6 +139,31 @@ def test_at_no_signal_x0_is_the_sign(device):
     assert torch.equal(x0[3].flatten(), -(torch.arange(75, device=device) % 3 - 1).float())
 
 
+@pytest.mark.parametrize("each", [True, False])
+def test_rows_count_from_the_end_and_none_beyond_is_read(each, device):
+    """As torch indexes on a CPU; where that is an error, the sample is NaN, and the others are as they were."""
+    given = state(7, (3, 5, 5), torch.float32, device, each=each, variance=True)
+    wanted = kernels.scheduler_step(*given.values())
+    for got, right in zip(kernels.scheduler_step(*{**given, "rows": given["rows"] - len(ROWS)}.values()), wanted, strict=True):
+        assert torch.equal(got, right)
+    for odd in (len(ROWS), -len(ROWS) - 1, 2**31, -(2**40), 2**62):
+        rows = given["rows"].clone()
+        rows[0] = odd
+        for got, right in zip(kernels.scheduler_step(*{**given, "rows": rows}.values()), wanted, strict=True):
+            assert got[0].isnan().all() and (torch.equal(got[1:], right[1:]) if each else got.isnan().all())
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__module__)
+@pytest.mark.parametrize("variance", [False, True])
+@pytest.mark.parametrize("shape", [(3, 16, 16), (1, 5, 5), (3, 5, 7), (4, 1, 1)])
+def test_a_channels_last_network_is_read_as_it_lies(shape, variance, run, device):
+    for dtype in DTYPES:
+        given = state(7, shape, dtype, device, variance=variance)
+        last = {**given, "m": given["m"].to(memory_format=torch.channels_last)}
+        for got, right in zip(run(*last.values()), run(*given.values()), strict=True):
+            assert got.is_contiguous() and torch.equal(got, right)
+
+
 @pytest.mark.parametrize("offset", [1, 2, 3])
 def test_views_at_any_offset(offset, device):
     given = state(5, (3, 5, 5), torch.float32, device, noise="given", variance=True)
@@ -156,6 +181,7 @@ def test_launcher_refuses_what_it_would_misread(device):
     for name, bad in [
         ("m", good["m"][:3]),
         ("m", good["m"].repeat(1, 3, 1, 1)),
+        ("m", good["m"].transpose(2, 3)),
         ("x", good["x"].to(memory_format=torch.channels_last)),
         ("table", good["table"].half()),
         ("table", good["table"][:, :9].contiguous()),
