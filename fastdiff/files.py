@@ -112,6 +112,12 @@ def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
         return content
 
 
+def cache_folder() -> Path:
+    """$FASTDIFF_CACHE, by default fastdiff's under the user's cache folder. RuntimeError where there is no home."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("FASTDIFF_CACHE") or Path(base) / "fastdiff")
+
+
 def make_folder(path: str | os.PathLike[str]) -> Path:
     """The folder, made where it is missing. ValueError where it cannot be made or written."""
     path = Path(path)

@@ -1,14 +1,16 @@
-"""Kernels in C for the CPU, compiled where there is a C compiler when the first of them is wanted: half a second, in a folder that is gone
-at once. Without one the library does as well as PyTorch alone can. CC names the compiler; CC=false does without."""
+"""Kernels in C for the CPU, compiled where there is a C compiler when the first of them is wanted: a second, once, for the library is kept in
+fastdiff's cache folder. Without a compiler, PyTorch alone does what it can. CC names the compiler; CC=false does without."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import functools
+import hashlib
 import logging
 import math
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .files import atomic_write, cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -105,11 +108,7 @@ def _library() -> ctypes.CDLL | None:
         log.info("networks by PyTorch alone: there is no C compiler")
         return None
     try:
-        with tempfile.TemporaryDirectory(prefix="fastdiff-") as folder:
-            try:
-                library = _compiled([*compiler, TOGETHER], Path(folder) / "together.so")
-            except (OSError, subprocess.CalledProcessError):
-                library = _compiled(compiler, Path(folder) / "alone.so")
+        library = _kept(compiler)
     except (OSError, subprocess.SubprocessError) as e:
         why = (e.stderr.strip() or f"exit code {e.returncode}") if isinstance(e, subprocess.CalledProcessError) else str(e)
         log.info("networks by PyTorch alone: %s cannot compile the kernels: %s", compiler[0], why.splitlines()[0])
@@ -129,9 +128,59 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-def _compiled(compiler: list[str], made: Path) -> ctypes.CDLL:
+def _kept(compiler: list[str]) -> ctypes.CDLL:
+    """The library that an earlier process has compiled of the same source for the same processor, or a new one, kept where that can be."""
+    keep = None
+    with contextlib.suppress(OSError, RuntimeError):  # no such compiler, no home: what can be done is done below
+        keep = cache_folder() / "native" / f"cpu-{_key(compiler)}.so"
+        if _own(keep.parent, 0o077) and _own(keep, 0) and _whole(keep.read_bytes()):
+            return ctypes.CDLL(os.fspath(keep))
+    with tempfile.TemporaryDirectory(prefix="fastdiff-") as folder:
+        try:
+            library, made = _compiled([*compiler, TOGETHER], Path(folder) / "together.so")
+        except (OSError, subprocess.CalledProcessError):
+            library, made = _compiled(compiler, Path(folder) / "alone.so")
+        with contextlib.suppress(OSError):
+            if keep is not None:
+                keep.parent.mkdir(0o700, parents=True, exist_ok=True)
+                content = made.read_bytes()
+                with atomic_write(keep) as f:
+                    f.write(content + hashlib.sha256(content).digest())
+    return library
+
+
+def _compiled(compiler: list[str], made: Path) -> tuple[ctypes.CDLL, Path]:
     subprocess.run([*compiler, *FLAGS, "-o", made, SOURCE, *LIBRARIES], check=True, capture_output=True, text=True, timeout=60)
-    return ctypes.CDLL(os.fspath(made))
+    return ctypes.CDLL(os.fspath(made)), made
+
+
+def _key(compiler: list[str]) -> str:
+    """All that a library depends on: the source, the compiler and what it is told, and the processor that -march=native is."""
+    program = os.path.realpath(shutil.which(compiler[0]) or compiler[0])
+    state = os.stat(program)
+    said = [*compiler, program, f"{state.st_size} {state.st_mtime_ns}", TOGETHER, *FLAGS, *LIBRARIES, _processor()]
+    return hashlib.sha256("\0".join(said).encode() + SOURCE.read_bytes()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
+        return "\n".join(line for line in lines if line.startswith(("vendor_id", "cpu family", "model", "flags", "Features", "CPU")))
+    return f"{platform.machine()} {platform.processor()}"
+
+
+def _whole(content: bytes) -> bool:
+    """Whether a kept library ends with its digest: to load one that is cut short ends the process."""
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
+def _own(path: Path, others: int) -> bool:
+    """Whether a file or folder is this user's, and these bits of its mode are not set: what is run must come from nobody else."""
+    try:
+        state = path.stat()
+    except FileNotFoundError:
+        return False
+    return not hasattr(os, "geteuid") or (state.st_uid == os.geteuid() and not state.st_mode & others)
 
 
 class _Norm(ctypes.Structure):

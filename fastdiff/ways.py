@@ -12,19 +12,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .files import atomic_write
+from .files import atomic_write, cache_folder
 from .version import __version__
 
 
 def path() -> Path:
     """$FASTDIFF_CACHE/ways.json, by default under the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("FASTDIFF_CACHE") or Path(base) / "fastdiff") / "ways.json"
+    return cache_folder() / "ways.json"
 
 
 def keep_compiled() -> None:
     """Have this process keep what it compiles beside that file, rather than in a folder for temporary files. Before anything is compiled."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(path().parent / "inductor"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
 
 
 def digest(model: nn.Module) -> str:

@@ -560,6 +560,38 @@ def test_a_compiler_without_openmp_will_do(tmp_path, monkeypatch, caplog):
         assert torch.equal(block(x), wanted)
 
 
+def test_a_library_is_compiled_once(tmp_path, monkeypatch):
+    """Another process, here another call, of the same source, compiler and processor takes what the first has kept; where it cannot, it compiles."""
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
+    calls, compiled = [], native._compiled
+    monkeypatch.setattr(native, "_compiled", lambda *args: calls.append(args) or compiled(*args))
+    folder = tmp_path / "cache" / "native"
+
+    def compiles():
+        calls.clear()
+        assert native._library.__wrapped__() is not None
+        return bool(calls)
+
+    assert [compiles() for _ in range(3)] == [True, False, False]
+    (kept,) = folder.iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    # A folder that others can write to is not trusted; a file that is damaged, or for another processor, is not taken.
+    folder.chmod(0o770)
+    assert compiles()
+    folder.chmod(0o700)
+    assert not compiles()
+    monkeypatch.setattr(native, "_processor", lambda: "another")
+    assert compiles() and len(list(folder.iterdir())) == 2
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-DANOTHER"))
+    assert compiles() and len(list(folder.iterdir())) == 3
+    monkeypatch.setattr(native, "_key", lambda compiler: "damaged")
+    (folder / "cpu-damaged.so").write_bytes(kept.read_bytes()[:1000])
+    assert [compiles(), compiles()] == [True, False]
+    # Nowhere to keep it.
+    monkeypatch.setenv("FASTDIFF_CACHE", "/dev/null/nowhere")
+    assert [compiles(), compiles()] == [True, True]
+
+
 def test_a_library_that_cannot_be_loaded_is_none(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError("noexec")))
     assert native._library.__wrapped__() is None
