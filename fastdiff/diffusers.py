@@ -13,10 +13,13 @@ Where diffusers' result is wrong, it is kept unless `use(corrected=True)` asks f
 - DDIM takes t - T // steps for the timestep before, which for `linspace`, and `trailing` where steps do not divide T, is not the next of the
   timesteps.
 - DDPM with `fixed_large` adds noise to the final image where the last timestep is not 0 (`trailing`).
+- `trailing` of some numbers of steps (61 of 1000, the least) has one timestep more by a rounding, -1, which DDPM and DDIM take for the last of all,
+  T - 1, and so make noise of the image that is done. The right step leaves it as it is.
 
 These are right in any case, since diffusers gives no usable number: `fixed_large_log` (NaN there) has the variance beta_t; `add_noise` in bf16 and
 fp16 keeps its sigma at small t (0 there, at t <= 2), and leaves the scheduler's own tables where they are; without signal (zero terminal SNR)
-x0 of an epsilon prediction is the sign of x - m, clipped; where they are equal, or there is no clipping, diffusers' is NaN or infinite.
+x0 of an epsilon prediction is the sign of x - m, clipped; where they are equal, or there is no clipping, diffusers' is NaN or infinite; a step of
+DPM-Solver to the level that x has, as the last with `sigma_min` and Karras's or others' sigmas, leaves x as it is (NaN there but for order 1 and 2M).
 """
 
 # No `from __future__ import annotations`: signatures are diffusers' own, types and all.
@@ -211,7 +214,7 @@ class _Fused:
             ValueError, IndexError
         ):  # no formula, or a timestep beyond the last: an error of the step, as in diffusers
             self._known(key, torch.float32, self.timesteps.device, make)
-        self._known("indices", torch.int64, self.timesteps.device, lambda: torch.arange(self.config.num_train_timesteps))
+        self._known("indices", torch.int64, self.timesteps.device, lambda: torch.arange(2 * self._total))
         self._host_timesteps()
 
     def _plan(self, eta: float = 0.0, clipped: bool = False) -> Table | None:
@@ -269,27 +272,42 @@ class _Fused:
         return self._known("timesteps", torch.int64, torch.device("cpu"), lambda: self.timesteps)
 
     def _rows(self, t: Tensor | float, n: int, device: torch.device) -> Tensor:
-        """Timesteps as places in a table with one row for each, int64 [1] or [n] on the device. IndexError for one that has none, as far as that can be
-        told without waiting for a device."""
+        """Timesteps as places in a table with one row for each, int64 [1] or [n] on the device: of 2 T rows, since those below 0 count from the end.
+        IndexError for one that has none, as far as that can be told without waiting for a device."""
         if _fractional(t):
             raise IndexError(f"timesteps are whole numbers here, not {t.dtype if isinstance(t, Tensor) else t}")
-        total = self.config.num_train_timesteps
+        rows = 2 * self._total
         number = self._whole(t)
         if number is not None:
             self._check_range(number, number)
-            return self._known("indices", torch.int64, device, lambda: torch.arange(total))[number : number + 1]
+            place = number % rows
+            return self._known("indices", torch.int64, device, lambda: torch.arange(rows))[place : place + 1]
         assert isinstance(t, Tensor)
         if t.ndim > 1 or t.numel() not in (1, n):
             raise ValueError(f"timestep has shape {list(t.shape)} for a batch of {n}; give one for all, or one per sample, [{n}]")
         if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
             self._check_range(int(t.min()), int(t.max()))
-        return t.reshape(-1).to(device, torch.int64).contiguous()
+        return t.reshape(-1).to(device, torch.int64) % rows
 
     def _check_range(self, least: int, most: int) -> None:
-        """IndexError for timesteps that no table has a row of."""
-        total = self.config.num_train_timesteps
-        if least < 0 or most >= total:
-            raise IndexError(f"timestep {least if least < 0 else most} is none of this scheduler's, which are 0 to {total - 1}")
+        """IndexError for timesteps that no table has a row of: diffusers' tables are Python's, and have -1, the last, to -T, the first."""
+        total = self._total
+        if least < -total or most >= total:
+            raise IndexError(f"timestep {least if least < -total else most} is none of this scheduler's, which are 0 to {total - 1}")
+
+    @property
+    def _total(self) -> int:
+        """T, how many timesteps have a row."""
+        return int(self.config.num_train_timesteps)
+
+    def _within(self, t: Tensor) -> Tensor:
+        """Where timesteps have a row: with `steps_offset`, and as many steps as there are timesteps, one lies beyond."""
+        within: Tensor = (t >= -self._total) & (t < self._total)
+        return within
+
+    def _every(self) -> Tensor:
+        """Timesteps in the order of a table with one row for each: 0 to T - 1, -T to -1. So Python's indices below 0 find theirs."""
+        return torch.cat([torch.arange(self._total), torch.arange(-self._total, 0)])
 
     def _step(
         self,
@@ -354,6 +372,8 @@ class _Fused:
             x0, noise = (v.permute(0, 2, 3, 1) for v in both)  # as they lie in memory
             return self._forward(x0, noise, t, table).permute(0, 3, 1, 2)
         x0, noise, rows = x0.to(dtype).contiguous(), noise.contiguous(), table(exact)
+        if t.device.type != "cpu":
+            t = t % len(rows)  # below 0 from the end, which kernels know nothing of
         if exact == torch.float64:
             alpha, sigma = rows[t][:, :2].reshape(-1, 2, *[1] * (x0.ndim - 1)).unbind(1)
             return alpha * x0 + sigma * noise
@@ -366,6 +386,11 @@ class _ByTimestep(_Fused):
     """DDPM and DDIM: a row for each timestep."""
 
     final_alpha_cumprod: Tensor
+
+    @property
+    def _total(self) -> int:
+        """As many as there are betas, which are not always as many as the config says."""
+        return len(self.alphas_cumprod)
 
     def _signal(self, velocity: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
         def make() -> Tensor:
@@ -415,11 +440,6 @@ class _ByTimestep(_Fused):
             self._check_range(int(steps.min()), int(steps.max()))
         return self._loop_table(table[steps], learned)
 
-    def _within(self, t: Tensor) -> Tensor:
-        """Where timesteps have a row: with `steps_offset`, and as many steps as there are timesteps, one lies beyond."""
-        within: Tensor = (t >= 0) & (t < self.config.num_train_timesteps)
-        return within
-
     def _dtype_of_x0(self, m: Tensor, x: Tensor) -> torch.dtype:
         """diffusers': what the network has predicted stays as it is."""
         return m.dtype if self.config.prediction_type == "sample" else torch.promote_types(m.dtype, x.dtype)
@@ -437,14 +457,18 @@ class _ByTimestep(_Fused):
         return bool(self.config.thresholding and self.config.sample_max_value != 1)
 
     def _by_timestep(self, t: Tensor, after: Tensor, columns: dict[str, Tensor | float]) -> Tensor:
-        """[T, 11] of columns [len(t)]. Without a row of its own a timestep is NaN. row: the place of t in the timesteps, or beyond."""
-        total = self.config.num_train_timesteps
+        """[2 T, 11] of columns [len(t)], in the order of `_every`. Without a row of its own a timestep is NaN. row: the place of t in the timesteps,
+        or beyond."""
+        total = self._total
         steps = self.timesteps.cpu().long()
         places = self._within(steps).nonzero()[:, 0].flip(0)
-        place = torch.arange(total, 2 * total)
+        place = torch.arange(total, 3 * total)
         place[steps[places]] = places  # of several places the first
         columns = {**columns, "row": place[t]}
-        table = torch.full((total, len(STEP_COLUMNS)), torch.nan, dtype=torch.float64)
+        if self._options.corrected:  # the image, which is done
+            whole = {"px": 1.0, "pm": 0.0, "a": 1.0, "b": 0.0, "d": 0.0, "s": 0.0, "log_s": 0.0}
+            columns |= {name: torch.where(t < 0, value, torch.as_tensor(columns.get(name, 0.0))) for name, value in whole.items()}
+        table = torch.full((2 * total, len(STEP_COLUMNS)), torch.nan, dtype=torch.float64)
         values = [torch.as_tensor(columns.get(name, 0.0), dtype=torch.float64).expand(len(t)) for name in STEP_COLUMNS]
         table[t.flip(0)] = torch.stack(values, dim=1).flip(0)
         return table
@@ -463,7 +487,7 @@ class DDPMScheduler(_ByTimestep, scheduling_ddpm.DDPMScheduler):  # type: ignore
             t = self.timesteps.cpu().long()
             within = self._within(t)
             return t[within], torch.cat([t[1:], torch.tensor([-1])])[within]
-        t = torch.arange(self.config.num_train_timesteps)
+        t = self._every()
         return t, t - 1
 
     def set_timesteps(  # type: ignore[no-untyped-def]
@@ -587,7 +611,7 @@ class DDIMScheduler(_ByTimestep, scheduling_ddim.DDIMScheduler):  # type: ignore
         self._adopt()
 
     def _walk(self) -> tuple[Tensor, Tensor]:
-        t = torch.arange(self.config.num_train_timesteps)
+        t = self._every()
         after = t - self.config.num_train_timesteps // self.num_inference_steps
         if self._options.corrected:
             steps = self.timesteps.cpu().long()
@@ -729,12 +753,15 @@ class DPMSolverMultistepScheduler(_Fused, scheduling_dpmsolver_multistep.DPMSolv
         return int(index) if isinstance(index, Tensor) else index
 
     def _places(self) -> Tensor:
-        """Where a loop that begins at a timestep begins, int64 [T]: its place in the timesteps, of several the second, of none the last."""
+        """Where a loop that begins at a timestep begins, int64 [2 T]: its place in the timesteps, of several the second, of none the last."""
         steps = self.timesteps.cpu().long()
-        same = steps == torch.arange(self.config.num_train_timesteps)[:, None]
-        second = same & (same.cumsum(1) == 2)
-        place = torch.where(second.any(1), second.int().argmax(1), same.int().argmax(1))
-        return torch.where(same.any(1), place, len(steps) - 1)
+        found = self._within(steps).nonzero()[:, 0]
+        value, order = torch.sort(steps[found], stable=True)
+        rank = torch.arange(len(found)) - torch.searchsorted(value, value)  # among equals
+        places = torch.full((2 * self._total,), len(steps) - 1)
+        for i in (0, 1):
+            places[value[rank == i]] = found[order[rank == i]]
+        return places
 
     def _table(self, converted: bool) -> Tensor:
         """Rows of every place, for 0, 1, ... outputs to look back on: [order, steps, 11] as [order * steps, 11]."""
@@ -798,7 +825,7 @@ class DPMSolverMultistepScheduler(_Fused, scheduling_dpmsolver_multistep.DPMSolv
         parts = []
         for behind in range(config.solver_order):
             order = torch.full((n,), min(config.solver_order, behind + 1))
-            order = torch.where(last, 1, torch.where(last_but_one, order.clamp(max=2), order))
+            order = torch.where(last | (levels[1:] == levels[:-1]), 1, torch.where(last_but_one, order.clamp(max=2), order))
             b, c, earlier = weights[order - 1, :, i].unbind(1)
             columns = {"px": px, "pm": pm, "clip": clip, "a": x, "b": b, "c": c, "h": earlier, "s": s, "row": i}
             values = [torch.as_tensor(columns.get(name, 0.0), dtype=torch.float64).expand(n) for name in STEP_COLUMNS]

@@ -134,6 +134,18 @@ def test_other_schedulers_in_a_ddpm_pipeline(config):
     assert np.abs(got - wanted).max() <= 1e-4 and torch.equal(state, after)
 
 
+@pytest.mark.parametrize(("kind", "call"), [("ddpm", {}), ("ddim", {}), ("ddim", {"eta": 1.0}), ("dpm", {})])
+def test_a_timestep_of_minus_1(kind, call):
+    """trailing, of a rounding; what the step makes of the image is diffusers', too."""
+    config = {"num_train_timesteps": 30, "timestep_spacing": "trailing", "beta_end": 0.1}
+    pipe = pipeline("ddpm", scheduler=diffusers.DPMSolverMultistepScheduler(**config)) if kind == "dpm" else pipeline(kind, **config)
+    wanted, state = images(pipe, 5, 13, **call)
+    assert pipe.scheduler.timesteps[-1] == -1
+    got, after = images(ours.accelerate(pipe, micro_batch=2), 5, 13, **call)
+    assert "its loop is fastdiff's" in pipe.accelerated
+    assert np.abs(got - wanted).max() <= 1e-4 and torch.equal(state, after)
+
+
 def test_a_learned_variance():
     wanted, _ = images(p := pipeline("ddpm", unet(out_channels=6), variance_type="learned_range"), 4, 9)
     got, _ = images(ours.accelerate(p, micro_batch=2), 4, 9)

@@ -157,8 +157,6 @@ def test_random_configurations_give_diffusers_numbers(name, data):
     x = torch.randn(n, *SHAPE, generator=random, dtype=dtype)
     with np.errstate(all="ignore"):
         for t in theirs.timesteps:
-            if t < 0:  # trailing, of a rounding; diffusers takes the last row for it
-                return
             m = torch.randn(n, *SHAPE, generator=random, dtype=dtype)
             if learned:
                 v = torch.rand(n, *SHAPE, generator=random, dtype=dtype)
@@ -328,6 +326,27 @@ def test_dpm_add_noise_before_set_timesteps():
     torch.testing.assert_close(mine.use(corrected=True).add_noise(clean, z, t), right, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["dpmsolver++", "dpmsolver", "sde-dpmsolver++"])
+@pytest.mark.parametrize("spaced", ["use_karras_sigmas", "use_lu_lambdas", "use_exponential_sigmas"])
+@pytest.mark.parametrize("solver", [{"solver_order": 1}, {}, {"solver_type": "heun"}, {"solver_order": 3}])
+def test_a_step_between_equal_sigmas_leaves_the_image(solver, spaced, kind):
+    """These end at sigma_min, and "sigma_min" is then appended."""
+    config = {spaced: True, "final_sigmas_type": "sigma_min", "algorithm_type": kind, **solver}
+    theirs, mine = diffusers.DPMSolverMultistepScheduler(**config), ours.DPMSolverMultistepScheduler(**config)
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *SHAPE, generator=random)
+    for scheduler in (theirs, mine):
+        scheduler.set_timesteps(20)
+    assert mine.sigmas[-1] == mine.sigmas[-2]
+    for t in mine.timesteps:
+        m = torch.randn(2, *SHAPE, generator=random)
+        wanted, got = (s.step(m, t, x, generator=torch.Generator().manual_seed(1)).prev_sample for s in (theirs, mine))
+        if wanted.isfinite().all():
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
+        before, x = x, got
+    torch.testing.assert_close(x, before, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler"])
 def test_without_signal_x0_is_the_sign_and_not_nan(name):
     """Where x and m are equal but for rounding the sign is that of rounding."""
@@ -452,7 +471,7 @@ def test_a_timestep_per_sample(name, call):
         torch.testing.assert_close(got.prev_sample[i], one.prev_sample[0], rtol=0, atol=2e-6)
     with pytest.raises(ValueError, match=r"timestep has shape \[5\] for a batch of 6; give one for all, or one per sample, \[6\]"):
         scheduler.step(m, t[:5], x, **call)
-    for odd in (-1, 1000):
+    for odd in (-1001, 1000):
         with pytest.raises(IndexError, match=f"timestep {odd} is none of this scheduler's, which are 0 to 999"):
             scheduler.step(m, torch.tensor([900, odd, 0, 0, 0, 0]), x, **call)
     if name == "DDPMScheduler":
@@ -658,6 +677,119 @@ def test_beside_a_timestep_beyond_the_last_the_others_are_as_ever(corrected, nam
     for t in theirs.timesteps[1:-1]:
         wanted, got = (s.step(m, t, x, generator=torch.Generator().manual_seed(0)).prev_sample for s in (theirs, mine))
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("betas", [20, 1200])
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler"])
+def test_betas_are_not_always_as_many_as_the_config_says(name, betas):
+    x, m = torch.randn(2, *SHAPE), torch.randn(2, *SHAPE)
+    for t in (0, 4, 19, -1, betas - 1):
+        results = []
+        for library in (diffusers, ours):
+            scheduler = getattr(library, name)(trained_betas=np.linspace(1e-4, 0.02, betas).tolist())
+            if name == "DDIMScheduler":
+                scheduler.set_timesteps(250)
+            results.append(scheduler.step(m, t, x, generator=torch.Generator().manual_seed(0)).prev_sample)
+        torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-4)
+    with pytest.raises(IndexError, match=f"timestep {betas} is none of this scheduler's, which are 0 to {betas - 1}"):
+        scheduler.step(m, betas, x)
+
+
+def trailing(library, name, **config):
+    """29 of 50, to which a rounding adds a timestep, -1."""
+    scheduler = getattr(library, name)(num_train_timesteps=50, timestep_spacing="trailing", **config)
+    scheduler.set_timesteps(29)
+    assert len(scheduler.timesteps) == 30 and scheduler.timesteps[-1] == -1
+    return scheduler
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize(
+    ("name", "config", "call"),
+    [
+        ("DDPMScheduler", {}, {}),
+        ("DDPMScheduler", {"variance_type": "fixed_large", "clip_sample": False}, {}),
+        ("DDIMScheduler", {}, {}),
+        ("DDIMScheduler", {"set_alpha_to_one": False}, {"eta": 1.0, "use_clipped_model_output": True}),
+        ("DPMSolverMultistepScheduler", {}, {}),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, {}),
+    ],
+)
+def test_a_timestep_of_minus_1_is_taken_as_diffusers_takes_it(name, config, call, prediction):
+    theirs, mine = (trailing(library, name, prediction_type=prediction, **config) for library in (diffusers, ours))
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *SHAPE, generator=random)
+    for t in theirs.timesteps:
+        m = torch.randn(2, *SHAPE, generator=random)
+        after = []
+        for scheduler in (theirs, mine):
+            torch.manual_seed(1)
+            after.append((dict(scheduler.step(m, t, x, **call)), torch.rand(1)))
+        (wanted, drawn), (got, mine_drawn) = after
+        assert torch.equal(drawn, mine_drawn)
+        for key, value in wanted.items():
+            assert value.isfinite().all()
+            torch.testing.assert_close(got[key], value, rtol=1e-5, atol=1e-4)
+        x = wanted["prev_sample"]
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler"])
+def test_timesteps_below_0_count_from_the_end_as_far_as_there_are_some(name):
+    x, m = torch.randn(2, *SHAPE), torch.randn(2, *SHAPE)
+    for t in (-1, -2, -500, -1000, torch.tensor(-7)):
+        results = []
+        for library in (diffusers, ours):
+            scheduler = getattr(library, name)()
+            if name == "DDIMScheduler":
+                scheduler.set_timesteps(10)
+            results.append(scheduler.step(m, t, x, generator=torch.Generator().manual_seed(0)))
+        for key, value in results[0].items():
+            torch.testing.assert_close(results[1][key], value, rtol=1e-5, atol=1e-4)
+    for library in (diffusers, ours):
+        scheduler = getattr(library, name)()
+        if name == "DDIMScheduler":
+            scheduler.set_timesteps(10)
+        for t in (-1001, 1000, torch.tensor(-1001)):
+            with pytest.raises(IndexError):
+                scheduler.step(m, t, x)
+    with pytest.raises(IndexError, match="timestep -1001 is none of this scheduler's, which are 0 to 999"):
+        scheduler.step(m, -1001, x)
+    with pytest.raises(IndexError, match="timestep -2 is none of the 30 that set_timesteps has chosen"):
+        trailing(ours, "DDPMScheduler").step(m, -2, x)
+
+
+@pytest.mark.parametrize(("name", "call"), [("DDPMScheduler", {}), ("DDIMScheduler", {"eta": 0.5}), ("DPMSolverMultistepScheduler", {})])
+def test_a_timestep_of_minus_1_per_sample_compiled_and_noised(name, call):
+    theirs, mine = (trailing(library, name) for library in (diffusers, ours))
+    x, m, t = torch.randn(3, *SHAPE), torch.randn(3, *SHAPE), torch.tensor([-1, 20, -1])
+    torch.testing.assert_close(mine.add_noise(x, m, t), theirs.add_noise(x, m, t), rtol=1e-5, atol=1e-5)
+    t = mine.timesteps[torch.tensor([29, 3, 0])]
+    got = mine.use(noise="counter", seed=4).step(m, t, x, **call).prev_sample
+    for i in range(3):
+        alone = trailing(ours, name).use(noise="counter", seed=4, first=i).step(m[i : i + 1], t[i], x[i : i + 1], **call)
+        torch.testing.assert_close(got[i], alone.prev_sample[0], rtol=0, atol=2e-6)
+
+    torch.compiler.reset()
+    eager, compiled = trailing(ours, name), trailing(ours, name)
+    step = torch.compile(lambda m, t, x: compiled.step(m, t, x, **call).prev_sample, backend="aot_eager", fullgraph=True)
+    for t in eager.timesteps[-1:]:  # where a loop begins
+        results = []
+        for run in (lambda m, t, x: eager.step(m, t, x, **call).prev_sample, step):
+            torch.manual_seed(0)
+            results.append(run(m, t, x))
+        torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [{}, {"clip_sample": False}, {"thresholding": True, "sample_max_value": 1.5}])
+@pytest.mark.parametrize(("name", "call"), [("DDPMScheduler", {}), ("DDIMScheduler", {"eta": 1.0})])
+def test_a_timestep_of_minus_1_leaves_the_image_when_corrected(name, call, config):
+    """All that diffusers makes of it is noise: the image is divided by the last alpha."""
+    right, kept = trailing(ours, name, beta_end=0.3, **config).use(corrected=True), trailing(ours, name, beta_end=0.3, **config)
+    image, m = torch.rand(2, *SHAPE) * 2 - 1, torch.randn(2, *SHAPE)
+    got = right.step(m, right.timesteps[-1], image, **call)
+    assert torch.equal(got.prev_sample, image)
+    torch.testing.assert_close(got.pred_original_sample, image)
+    assert (kept.step(m, kept.timesteps[-1], image, **call).prev_sample - image).abs().mean() > 0.5
 
 
 # The contract.
