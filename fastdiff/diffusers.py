@@ -214,7 +214,7 @@ class _Fused:
             ValueError, IndexError
         ):  # no formula, or a timestep beyond the last: an error of the step, as in diffusers
             self._known(key, torch.float32, self.timesteps.device, make)
-        self._known("indices", torch.int64, self.timesteps.device, lambda: torch.arange(2 * self._total))
+        self._known("indices", torch.int64, self.timesteps.device, lambda: torch.arange(3 * self._total))
         self._host_timesteps()
 
     def _plan(self, eta: float = 0.0, clipped: bool = False) -> Table | None:
@@ -272,11 +272,11 @@ class _Fused:
         return self._known("timesteps", torch.int64, torch.device("cpu"), lambda: self.timesteps)
 
     def _rows(self, t: Tensor | float, n: int, device: torch.device) -> Tensor:
-        """Timesteps as places in a table with one row for each, int64 [1] or [n] on the device: of 2 T rows, since those below 0 count from the end.
+        """Timesteps as places in a table with one row for each, int64 [1] or [n] on the device: of 3 T rows, those below 0 from the end.
         IndexError for one that has none, as far as that can be told without waiting for a device."""
         if _fractional(t):
             raise IndexError(f"timesteps are whole numbers here, not {t.dtype if isinstance(t, Tensor) else t}")
-        rows = 2 * self._total
+        rows = 3 * self._total
         number = self._whole(t)
         if number is not None:
             self._check_range(number, number)
@@ -287,7 +287,7 @@ class _Fused:
             raise ValueError(f"timestep has shape {list(t.shape)} for a batch of {n}; give one for all, or one per sample, [{n}]")
         if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
             self._check_range(int(t.min()), int(t.max()))
-        return t.reshape(-1).to(device, torch.int64) % rows
+        return t.reshape(-1).to(device, torch.int64).contiguous()
 
     def _check_range(self, least: int, most: int) -> None:
         """IndexError for timesteps that no table has a row of: diffusers' tables are Python's, and have -1, the last, to -T, the first."""
@@ -306,7 +306,7 @@ class _Fused:
         return within
 
     def _every(self) -> Tensor:
-        """Timesteps in the order of a table with one row for each: 0 to T - 1, -T to -1. So Python's indices below 0 find theirs."""
+        """Timesteps with a row of their own: 0 to T - 1, -T to -1. In a table of 3 T they are T apart, so that one that is neither has none."""
         return torch.cat([torch.arange(self._total), torch.arange(-self._total, 0)])
 
     def _step(
@@ -372,8 +372,6 @@ class _Fused:
             x0, noise = (v.permute(0, 2, 3, 1) for v in both)  # as they lie in memory
             return self._forward(x0, noise, t, table).permute(0, 3, 1, 2)
         x0, noise, rows = x0.to(dtype).contiguous(), noise.contiguous(), table(exact)
-        if t.device.type != "cpu":
-            t = t % len(rows)  # below 0 from the end, which kernels know nothing of
         if exact == torch.float64:
             alpha, sigma = rows[t][:, :2].reshape(-1, 2, *[1] * (x0.ndim - 1)).unbind(1)
             return alpha * x0 + sigma * noise
@@ -457,7 +455,7 @@ class _ByTimestep(_Fused):
         return bool(self.config.thresholding and self.config.sample_max_value != 1)
 
     def _by_timestep(self, t: Tensor, after: Tensor, columns: dict[str, Tensor | float]) -> Tensor:
-        """[2 T, 11] of columns [len(t)], in the order of `_every`. Without a row of its own a timestep is NaN. row: the place of t in the timesteps,
+        """[3 T, 11] of columns [len(t)], t as of `_every`. Without a row of its own a timestep is NaN. row: the place of t in the timesteps,
         or beyond."""
         total = self._total
         steps = self.timesteps.cpu().long()
@@ -468,7 +466,7 @@ class _ByTimestep(_Fused):
         if self._options.corrected:  # the image, which is done
             whole = {"px": 1.0, "pm": 0.0, "a": 1.0, "b": 0.0, "d": 0.0, "s": 0.0, "log_s": 0.0}
             columns |= {name: torch.where(t < 0, value, torch.as_tensor(columns.get(name, 0.0))) for name, value in whole.items()}
-        table = torch.full((2 * total, len(STEP_COLUMNS)), torch.nan, dtype=torch.float64)
+        table = torch.full((3 * total, len(STEP_COLUMNS)), torch.nan, dtype=torch.float64)
         values = [torch.as_tensor(columns.get(name, 0.0), dtype=torch.float64).expand(len(t)) for name in STEP_COLUMNS]
         table[t.flip(0)] = torch.stack(values, dim=1).flip(0)
         return table
@@ -753,12 +751,12 @@ class DPMSolverMultistepScheduler(_Fused, scheduling_dpmsolver_multistep.DPMSolv
         return int(index) if isinstance(index, Tensor) else index
 
     def _places(self) -> Tensor:
-        """Where a loop that begins at a timestep begins, int64 [2 T]: its place in the timesteps, of several the second, of none the last."""
+        """Where a loop that begins at a timestep begins, int64 [3 T]: its place in the timesteps, of several the second, of none the last."""
         steps = self.timesteps.cpu().long()
         found = self._within(steps).nonzero()[:, 0]
         value, order = torch.sort(steps[found], stable=True)
         rank = torch.arange(len(found)) - torch.searchsorted(value, value)  # among equals
-        places = torch.full((2 * self._total,), len(steps) - 1)
+        places = torch.full((3 * self._total,), len(steps) - 1)
         for i in (0, 1):
             places[value[rank == i]] = found[order[rank == i]]
         return places
