@@ -349,7 +349,7 @@ class Sampler:
             for way in ("eager", *(["compiled"] if not accelerated else []), *(["fused"] if own and not accelerated else [])):
                 other = Sampler(
                     self.model, self.schedule, self.shape, num_classes=self.num_classes, device=self.device, dtype=self.dtype,
-                    compile={"eager": False, "compiled": True}.get(way, way), micro_batch=max(self.measured_rows // (2 if guided else 1), 1),
+                    compile={"eager": False, "compiled": True}.get(way, way), micro_batch=self.measured(guided),
                     **{**self._always, **self._settings()},
                 )  # fmt: skip
                 try:
@@ -388,15 +388,15 @@ class Sampler:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
 
-    @property
-    def measured_rows(self) -> int:
-        """Rows of a network call that `measure` times: images, or twice as many as there are images, with guidance."""
+    def measured(self, guided: bool = False) -> int:
+        """Images of the micro-batch that `measure` times."""
         if self.micro_batch != "auto":
             return int(self.micro_batch)
-        return COMPILED_ROWS if self.device.type == "cpu" else AUTO_ROWS[self.device.type]
+        rows = COMPILED_ROWS if self.device.type == "cpu" else AUTO_ROWS[self.device.type]
+        return rows // 2 if guided else rows
 
     def _key(self) -> str:
-        return ways.key(self.model, self.device, self.dtype, self.measured_rows)
+        return ways.key(self.model, self.device, self.dtype, self.measured())
 
     def _recalled(self) -> str:
         if rewrite.accelerated(self.model):

@@ -399,8 +399,8 @@ def test_channels_last_images_are_noised_as_they_lie(dtype):
         x0, z = (torch.randn(3, *shape).to(dtype) for _ in range(2))
         wanted = scheduler.add_noise(x0, z, t)
         last = [v.to(memory_format=torch.channels_last) for v in (x0, z)]
-        for given in (last, (last[0], z), (x0, last[1])):
-            assert torch.equal(scheduler.add_noise(*given, t), wanted)
+        for pair in (last, (last[0], z), (x0, last[1])):
+            assert torch.equal(scheduler.add_noise(*pair, t), wanted)
     x0, z = (torch.randn(3, *SHAPE, dtype=dtype).to(memory_format=torch.channels_last) for _ in range(2))
     with Seen() as seen:
         made = scheduler.add_noise(x0, z, t)
