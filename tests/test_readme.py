@@ -77,6 +77,9 @@ def test_what_is_beyond_diffusers(folder):
 
     target = folder / "sprites-diffusers"
     code = code.replace('"sprites-diffusers")  #', "target)  #")
-    given = {"scheduler": scheduler, "m": x, "x": x, "t": torch.tensor([1, 5, 7, 9]), "pipe": short}
+    given = {
+        "scheduler": scheduler, "m": x, "x": x, "t": torch.tensor([1, 5, 7, 9]), "pipe": short, "schedule": fastdiff.Schedule.linear(1000),
+        "unet": diffusers.UNet2DModel.from_pretrained(folder / "unet"),
+    }  # fmt: skip
     exec(code, {**given, "fastdiff": fastdiff, "folder": folder, "target": target})
     assert (target / "model_index.json").is_file()

@@ -37,7 +37,7 @@ def run(out, steps=SETTINGS.steps, **options):
 
 
 def command(out, *extra):
-    flags = "--device cpu --steps 60 --batch 8 --channels 16 16 --blocks 1 --middle 0 --timesteps 50 --save-every 7 --sample-every 1000"
+    flags = "--device cpu --steps 40 --batch 8 --channels 16 16 --blocks 1 --middle 0 --timesteps 50 --save-every 7 --sample-every 1000"
     return [sys.executable, "-m", "fastdiff.train", "--out", str(out), *flags.split(), *extra]
 
 
