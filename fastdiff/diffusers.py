@@ -33,7 +33,8 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Hashable, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -725,7 +726,7 @@ class DPMSolverMultistepScheduler(_Fused, scheduling_dpmsolver_multistep.DPMSolv
     def _unplanned(self) -> str | None:
         if self._converted:
             return f"its scheduler bounds x0, and solves for the noise (thresholding, with {self.config.algorithm_type!r})"
-        if self.config.variance_type is not None:
+        if self.config.variance_type in ("learned", "learned_range"):
             return f"its network says a variance (variance_type {self.config.variance_type!r}), which DPM-Solver drops"
         return super()._unplanned
 
@@ -965,10 +966,23 @@ _SCHEDULERS: dict[type, type] = {
 }
 
 
+def _patched(scheduler: Any) -> bool:
+    """Whether a scheduler has a function put upon it, or, of a class derived from fastdiff's, a step of its own: it is to be called as it is."""
+    derived = isinstance(scheduler, _Fused) and all(type(scheduler).step is not ours.step for ours in _SCHEDULERS.values())  # type: ignore[attr-defined]
+    put = [value for value in vars(scheduler).values() if callable(value) and not hasattr(value, "_torchdynamo_orig_callable")]
+    return derived or bool(put)
+
+
 def _ours(scheduler: Any) -> Any:
-    """The fused scheduler of the same class and config, where there is one; else the scheduler itself."""
+    """The fused scheduler of the same class, config and state, where there is one; else the scheduler itself."""
     ours = _SCHEDULERS.get(type(scheduler))
-    return scheduler if ours is None else ours.from_config(scheduler.config)  # type: ignore[attr-defined]
+    if ours is None or _patched(scheduler):
+        return scheduler
+    made = ours.from_config(scheduler.config)  # type: ignore[attr-defined]
+    for name, value in vars(scheduler).items():  # a schedule that was set by hand, for one, stands in no config
+        if not callable(value):
+            setattr(made, name, copy.deepcopy(value) if isinstance(value, (Tensor, list)) else value)
+    return made
 
 
 @dataclass(frozen=True)
@@ -1008,6 +1022,26 @@ class _Draws:
         return self.draw() if self.draws[row] else None
 
 
+class _Through:
+    """A bar that moves as an iterator is gone through, from whichever thread."""
+
+    def __init__(self, bar: Iterable[int]) -> None:
+        self.left, self.lock = iter(bar), threading.Lock()
+
+    def __enter__(self) -> Any:
+        self.update()
+        return self
+
+    def update(self, n: int = 1) -> None:
+        with self.lock:
+            for _ in range(n):
+                next(self.left, None)
+
+    def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(AttributeError):  # of an iterator that is no generator
+            self.left.close()  # type: ignore[attr-defined]
+
+
 # What the loop's network may compute in.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -1036,6 +1070,7 @@ class _Owned:
     scheduler: Any
     _takes: ClassVar[type[_Fused]] = _Fused
     _settings: Settings = Settings()
+    _said: str | None = None  # why the loop is diffusers' own, as it was logged
     _samplers: dict[Hashable, _Made]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -1053,8 +1088,12 @@ class _Owned:
             return f"its unet is a {type(unet).__name__}, not a UNet2DModel"
         if hasattr(unet, "_hf_hook"):
             return "its unet has a hook of accelerate's, as of one that is offloaded"
+        if any(hasattr(module, "_diffusers_hook") for module in unet.modules()):
+            return "its unet has hooks of diffusers', as of layerwise casting or group offloading"
         if device.type not in AUTO_ROWS:
             return f"fastdiff has no loop for {device.type}"
+        if torch.is_autocast_enabled(device.type):
+            return "autocast is on (accelerate's dtype does the same, and faster)"
         if (self._settings.dtype or unet.dtype) not in DTYPES:
             return f"its unet computes in {unet.dtype}"
         if getattr(unet.config, "class_embed_type", None) is not None:
@@ -1063,6 +1102,8 @@ class _Owned:
             return "its unet is in training mode and has dropout (unet.eval() ends that)"
         if not isinstance(self.scheduler, self._takes):
             return f"its {type(self.scheduler).__name__} is not one of fastdiff's that it takes"
+        if _patched(self.scheduler):
+            return f"its {type(self.scheduler).__name__} has a step of its own"
         reason: str | None = self.scheduler._unplanned
         return reason
 
@@ -1102,6 +1143,11 @@ class _Owned:
         known[key] = made  # the last one used stands last
         return made.follow()
 
+    def _bar(self, total: int) -> Any:
+        """The pipeline's progress bar; one of its owner's goes through something, as in diffusers' loop."""
+        made = self.progress_bar  # type: ignore[attr-defined]
+        return made(total=total) if getattr(made, "__func__", None) is DiffusionPipeline.progress_bar else _Through(made(range(total)))
+
     def _sample(
         self,
         n: int,
@@ -1120,21 +1166,25 @@ class _Owned:
         options: Options = getattr(scheduler, "_options", Options())
         counter = generator is None and options.counter
         asked = class_labels is not None or callback is not None or counter
-        why = why or ("it makes no images" if n < 1 else None) or self._obstacle()
+        obstacle = self._obstacle()
+        why = why or ("it makes no images" if n < 1 or steps < 1 else None) or obstacle
         size = None if why else self._size(n, asked)
         if why and asked:
             raise ValueError(
                 f"class_labels, callback and use(noise=\"counter\") need fastdiff's loop, and this pipeline runs in diffusers' own: {why}"
             )
         if size is None:
-            logger.info("%s: diffusers' own loop: %s", type(self).__name__, why or f"it does {n} of its images as fast")
+            # What has changed since it was accelerated is news, once.
+            level = logging.WARNING if obstacle not in (None, self._said) else logging.INFO
+            self._said = obstacle
+            logger.log(level, "%s: diffusers' own loop: %s", type(self).__name__, why or f"it does {n} of its images as fast")
             return None
         scheduler.set_timesteps(steps)
         table = scheduler._plan(eta, clipped)
         if isinstance(self.unet, UNet2DModel) and (self.unet.config.num_class_embeds is None) != (class_labels is None):
             raise ValueError("class_labels go with a UNet that has class embeddings (num_class_embeds): give both or neither")
         sampler = self._sampler(table, size)
-        call: dict[str, Any] = {"labels": class_labels, "callback": callback, "progress": lambda total: self.progress_bar(total=total)}  # type: ignore[attr-defined]
+        call: dict[str, Any] = {"labels": class_labels, "callback": callback, "progress": self._bar}
         shape, dtype = (n, *sampler.shape), self.unet.dtype
         if counter:
             call |= {"seed": options.seed, "first": options.first} if options.seeds is None else {"seeds": options.seeds}
@@ -1189,7 +1239,14 @@ def _with_loop(cls: type) -> type:
         if cls is theirs:
             return ours
         if cls.__call__ is theirs.__call__:  # type: ignore[attr-defined]
-            return type(cls.__name__, (ours, cls), {"__module__": cls.__module__})
+
+            @functools.wraps(cls.__init__)  # type: ignore[misc]
+            def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+                cls.__init__(self, *args, **kwargs)  # type: ignore[misc]
+                self.scheduler = _ours(self.scheduler)
+
+            # Its constructor's arguments are what diffusers takes for the parts of a pipeline.
+            return type(cls.__name__, (ours, cls), {"__module__": cls.__module__, "__init__": __init__})
     return cls
 
 
@@ -1273,7 +1330,8 @@ def accelerate(
     Where the loop cannot be fastdiff's, as with a scheduler that it has none of, it is diffusers' own, and what only fastdiff's has is an error.
     In any other pipeline, its own loop stays: a scheduler that fastdiff has is swapped, and the UNet is compiled (on CUDA, or with
     compile=True; "fused" as by `fastdiff.accelerate`). What was done, and why not more, is logged by the logger "fastdiff.diffusers", and is the text
-    `pipe.accelerated`. Accelerated again, a pipeline keeps the scheduler that it has, options of `use` and all.
+    `pipe.accelerated`; what has changed since, and keeps fastdiff's loop from a call, is a warning of that logger's, once. A scheduler's state, such
+    as a schedule set by hand, goes with it. Accelerated again, a pipeline keeps the scheduler that it has, options of `use` and all.
     ValueError for what is no diffusers pipeline, and for arguments that there are not.
     """
     if not isinstance(pipe, DiffusionPipeline):
@@ -1292,11 +1350,12 @@ def accelerate(
         pipe.scheduler = before["swapped"]
         done.append(f"its {type(scheduler).__name__} is fastdiff's")
     elif scheduler is not None and not isinstance(scheduler, _Fused):
-        done.append(f"its {type(scheduler).__name__} stays, since fastdiff has none")
+        lack = "something was put upon it" if type(scheduler) in _SCHEDULERS else "fastdiff has none"
+        done.append(f"its {type(scheduler).__name__} stays, since {lack}")
     pipe.__class__ = _with_loop(cls)
     if isinstance(pipe, _Owned):
         pipe._settings = Settings(dtype, compile, micro_batch)
-        why = pipe._obstacle()
+        why = pipe._said = pipe._obstacle()
         ours = why is None
         done.insert(0, "its loop is fastdiff's" if ours else f"its own loop stays, as it is: {why}")
     else:
@@ -1348,7 +1407,7 @@ def unaccelerate(pipe: DiffusionPipeline) -> DiffusionPipeline:
     if "compiled" in before:
         unet, compiled = before["compiled"]
         unet._compiled_call_impl = compiled
-    for name in ("accelerated", "_settings", "_samplers"):
+    for name in ("accelerated", "_settings", "_samplers", "_said"):
         pipe.__dict__.pop(name, None)
     return pipe
 

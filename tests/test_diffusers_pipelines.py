@@ -45,12 +45,13 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-def unet(classes=None, out_channels=3, seed=0, sample_size=8):
+def unet(classes=None, out_channels=3, seed=0, sample_size=8, block_out_channels=(8, 16)):
     """A small UNet2DModel, quiet enough that rounding grows little on the way."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = diffusers.UNet2DModel(
-            sample_size=sample_size, in_channels=3, out_channels=out_channels, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+            sample_size=sample_size, in_channels=3, out_channels=out_channels, block_out_channels=block_out_channels,
+            layers_per_block=1, norm_num_groups=4,
             down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"), num_class_embeds=classes,
             attention_head_dim=4,
         )  # fmt: skip
@@ -503,6 +504,171 @@ def test_a_copy_of_an_accelerated_pipeline_works(kind, cls, copied):
         diffusers.DDIMScheduler,
         diffusers.DDPMScheduler,
     )
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "ddim", "dpm"])
+def test_a_schedule_that_was_set_by_hand_is_kept(kind):
+    """It stands in no config."""
+
+    def made():
+        pipe = pipeline("ddpm" if kind == "dpm" else kind, scheduler=diffusers.DPMSolverMultistepScheduler() if kind == "dpm" else None)
+        pipe.scheduler.alphas_cumprod = torch.linspace(0.999, 0.01, 1000)
+        pipe.scheduler.final_alpha_cumprod = torch.tensor(0.9995)
+        return pipe
+
+    wanted, _ = images(made(), 2, 5)
+    pipe = made()
+    theirs = pipe.scheduler
+    got, _ = images(ours.accelerate(pipe), 2, 5)
+    assert np.abs(got - wanted).max() <= 1e-4 and "its loop is fastdiff's" in pipe.accelerated
+    pipe.scheduler.alphas_cumprod *= 0.5
+    assert theirs.alphas_cumprod[0] == 0.999 and ours.unaccelerate(pipe).scheduler is theirs
+    assert np.array_equal(images(pipe, 2, 5)[0], wanted)
+
+
+@pytest.mark.parametrize("when", ["before", "after", "theirs", "ours"])
+def test_a_step_of_ones_own_is_called(when):
+    """Put upon a scheduler, before accelerate or after, or of a class derived from diffusers' or fastdiff's."""
+
+    def half(step):
+        return lambda m, *given, **more: step(0.5 * m, *given, **more)
+
+    def put(scheduler):
+        scheduler.step = half(scheduler.step)
+        return scheduler
+
+    class Theirs(diffusers.DDPMScheduler):
+        def step(self, m, *given, **more):
+            return super().step(0.5 * m, *given, **more)
+
+    class Ours(ours.DDPMScheduler):
+        def step(self, m, *given, **more):
+            return super().step(0.5 * m, *given, **more)
+
+    wanted, _ = images(pipeline(scheduler=put(diffusers.DDPMScheduler())), 2, 5)
+    scheduler = {"before": lambda: put(diffusers.DDPMScheduler()), "after": diffusers.DDPMScheduler, "theirs": Theirs, "ours": Ours}[when]()
+    pipe = ours.accelerate(pipeline(scheduler=scheduler))
+    if when == "after":
+        put(pipe.scheduler)
+    else:
+        assert pipe.scheduler is scheduler and "its own loop stays" in pipe.accelerated
+    assert ("DDPMScheduler stays, since something was put upon it" in pipe.accelerated) == (when == "before")
+    assert np.abs(images(pipe, 2, 5)[0] - wanted).max() <= 1e-4 < np.abs(images(pipeline(), 2, 5)[0] - wanted).max()
+    if when in ("after", "ours"):
+        with pytest.raises(ValueError, match="has a step of its own"):
+            pipe(2, num_inference_steps=2, callback=print)
+
+
+def test_a_compiled_step_is_no_step_of_ones_own():
+    for scheduler in (diffusers.DDPMScheduler(), ours.DDPMScheduler()):
+        scheduler.step = torch.compile(scheduler.step)
+        assert "its loop is fastdiff's" in ours.accelerate(pipeline(scheduler=scheduler)).accelerated
+
+
+def test_a_derived_class_with_more_parts(tmp_path):
+    """diffusers takes the parts of a pipeline from its constructor's arguments."""
+
+    class Paired(diffusers.DDPMPipeline):
+        def __init__(self, unet, scheduler, second):
+            super().__init__(unet, scheduler)
+            self.register_modules(second=second)
+
+    pipe = Paired(unet(), diffusers.DDPMScheduler(), unet(seed=5))
+    pipe.set_progress_bar_config(disable=True)
+    wanted, _ = images(pipe, 2, 3)
+    ours.accelerate(pipe)
+    assert np.abs(images(pipe, 2, 3)[0] - wanted).max() <= 1e-5
+    assert set(pipe.components) == {"unet", "scheduler", "second"}
+    pipe.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model_index.json", "scheduler", "second", "unet"]
+    again = type(pipe)(**pipe.components)
+    again.set_progress_bar_config(disable=True)
+    assert np.abs(images(again, 2, 3)[0] - wanted).max() <= 1e-5
+    plain = type(pipe)(unet(), diffusers.DDPMScheduler(), unet())
+    assert type(plain.scheduler) is ours.DDPMScheduler and plain._obstacle() is None
+    assert pipe.to(torch.float64).second.dtype == torch.float64
+
+
+def test_a_progress_bar_of_ones_own(two_threads):
+    """What diffusers' loop goes through may be any function of an iterable."""
+    seen = []
+
+    def track(steps):
+        for step in steps:
+            seen.append(step)
+            yield step
+        seen.append("done")
+
+    class Tracked(diffusers.DDPMPipeline):
+        def progress_bar(self, iterable):
+            return track(iterable)
+
+    for pipe in (ours.accelerate(pipeline(cls=Tracked), micro_batch=2), ours.accelerate(pipeline("ddim"), micro_batch=2)):
+        if not isinstance(pipe, Tracked):
+            pipe.progress_bar = track
+        seen.clear()
+        images(pipe, 4, 3)
+        assert seen[:3] == [0, 1, 2] and seen[-1] == "done"
+    pipe.progress_bar = lambda steps: steps
+    images(pipe, 2, 3)
+
+
+def test_within_autocast_the_images_are_diffusers():
+    pipe = pipeline("ddim")
+    plain, _ = images(pipe, 2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted, _ = images(pipe, 2, 3)
+    ours.accelerate(pipe)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, _ = images(pipe, 2, 3)
+        with pytest.raises(ValueError, match="autocast is on"):
+            pipe(2, num_inference_steps=2, callback=print)
+    assert np.abs(got - wanted).max() <= 0.02 and not np.array_equal(wanted, plain)
+    assert np.abs(images(pipe, 2, 3)[0] - plain).max() <= 1e-5
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_weights_that_are_kept_in_fp8_are_cast_as_diffusers_casts_them(when):
+    pipe = pipeline("ddim", unet().to(torch.bfloat16))
+    if when == "after":
+        ours.accelerate(pipe)
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    if when == "before":
+        wanted, _ = images(pipe, 2, 3, output_type="pt")
+        ours.accelerate(pipe)
+        assert "its unet has hooks of diffusers'" in pipe.accelerated
+        assert (images(pipe, 2, 3, output_type="pt")[0].float() - wanted.float()).abs().max() <= 0.05
+    assert images(pipe, 2, 3, output_type="pt")[0].isfinite().all()
+
+
+def test_dpm_solver_of_a_ddpm_schedulers_config():
+    """The config has DDPM's variance_type, of which DPM-Solver knows only those that are learned."""
+    pipe = ours.accelerate(pipeline(variance_type="fixed_large"))
+    pipe.scheduler = ours.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    assert pipe.scheduler.config.variance_type == "fixed_large"
+    got, _ = images(pipe, 2, 5, callback=lambda *_: None)
+    plain = pipeline(variance_type="fixed_large")
+    plain.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(plain.scheduler.config)
+    assert np.abs(got - images(plain, 2, 5)[0]).max() <= 1e-4
+
+
+def test_no_steps_are_diffusers_affair():
+    pipe = ours.accelerate(pipeline())
+    torch.manual_seed(0)
+    noise = ((torch.randn(2, 3, 8, 8) / 2 + 0.5).clamp(0, 1)).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(images(pipe, 2, -1, seed=0)[0], noise)
+
+
+def test_a_loop_that_is_no_longer_ours_is_a_warning_once(caplog):
+    pipe = ours.accelerate(pipeline())
+    pipe.scheduler = diffusers.DDPMScheduler()
+    with caplog.at_level(logging.INFO, "fastdiff.diffusers"):
+        for _ in range(2):
+            images(pipe, 2, 2)
+        ours.accelerate(pipe)
+        images(pipe, 2, 2)
+    (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning.getMessage() == "DDPMPipeline: diffusers' own loop: its DDPMScheduler is not one of fastdiff's that it takes"
 
 
 def test_a_network_that_is_not_finite_is_an_error():
