@@ -324,7 +324,7 @@ class Sampler:
             (loop, *_) = self._ready(guided, size).loops
             ids = torch.arange(size, device=self.device)
             labels = None if self.num_classes is None else ids % self.num_classes
-            weights = torch.full((size,), 2.0 if guided else 1.0, device=self.device)
+            weights = torch.full((size,), 2.0 if guided else 1.0, dtype=torch.float32, device=self.device)
             with _evaluating(self.model), _one_thread() if self.device.type == "cpu" else torch.cuda.device(self.device):
                 loop.begin(torch.zeros_like(ids), ids, labels, weights)
                 loop.advance(guided, 1)
@@ -442,7 +442,7 @@ class Sampler:
             (loop,) = engine.loops
             ids = torch.arange(CALIBRATED, device=self.device)
             labels = None if self.num_classes is None else ids % (self.num_classes + 1)
-            loop.begin(torch.zeros_like(ids), ids, labels, torch.ones(CALIBRATED, device=self.device))
+            loop.begin(torch.zeros_like(ids), ids, labels, torch.ones(CALIBRATED, dtype=torch.float32, device=self.device))
             loop.advance(False, len(self.table))
 
     def _kind(
@@ -589,7 +589,7 @@ class Sampler:
                 wanted = tuple(rows) if isinstance(rows, Iterable) else ()
             if not wanted or not all(whole(row) and 0 <= row < total for row in wanted) or len(set(wanted)) < len(wanted):
                 raise ValueError(f"rows is {rows!r}; give different numbers from 0 to {total - 1}, or how many, from 1 to {total}")
-            x, x0 = (torch.empty(len(wanted), n, *self.shape) for _ in range(2))
+            x, x0 = (torch.empty(len(wanted), n, *self.shape, dtype=torch.float32) for _ in range(2))
             places = {row: i for i, row in enumerate(wanted)}
             kept.extend((wanted, x, x0))
 
@@ -693,7 +693,7 @@ class Sampler:
             return f"sample {first + i}" if seeds is None else f"sample 0 of seed {int(columns['seeds'][i])}"
 
         with self._working():
-            out = torch.empty(n, *self.shape, device=self.device)
+            out = torch.empty(n, *self.shape, dtype=torch.float32, device=self.device)
 
             def run(size: int) -> Tensor:
                 kind = self._kind(table, guided, size, "known" in columns, threshold, guide, noise is not None)

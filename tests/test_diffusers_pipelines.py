@@ -671,6 +671,21 @@ def test_a_loop_that_is_no_longer_ours_is_a_warning_once(caplog):
     assert warning.getMessage() == "DDPMPipeline: diffusers' own loop: its DDPMScheduler is not one of fastdiff's that it takes"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_default_dtype_changes_nothing(dtype):
+    """What the kernels write into is fp32, whatever a tensor is by default."""
+    pipe = ours.accelerate(pipeline("ddim", unet(block_out_channels=(16, 32))))
+    wanted, _ = images(pipe, 3, 3, eta=0.5)
+    z = noise.normal(3, range(4), 0, (3, 8, 8))
+    try:
+        torch.set_default_dtype(dtype)
+        assert torch.equal(noise.normal(3, range(4), 0, (3, 8, 8)), z)
+        for made in (pipe, ours.accelerate(copy.deepcopy(ours.unaccelerate(copy.deepcopy(pipe))))):
+            assert np.abs(images(made, 3, 3, eta=0.5)[0] - wanted).max() <= 1e-5
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_network_that_is_not_finite_is_an_error():
     pipe = ours.accelerate(pipeline("ddpm"))
     pipe.unet.conv_out.bias.data[0] = torch.nan
