@@ -6,6 +6,11 @@
 Importing it needs neither a GPU nor Triton.
 """
 
+from . import early
+
+early.watch()  # before torch, which takes seconds
+
+# ruff: noqa: E402
 from . import ideal, solvers
 from .checkpoint import Checkpoint, CheckpointError, load
 from .data import DataError

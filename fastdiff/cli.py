@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
 import math
 import os
@@ -15,6 +16,8 @@ from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
+
+from . import early
 
 # What commands call --dtype and --compile, as Sampler takes them.
 DTYPES: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": "fp8"}
@@ -88,12 +91,21 @@ def _terminate(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def _deaf() -> None:
+    """Of no more signals: all is done or dropped, and another would only break off the end."""
+    for number in early.HANDLED:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def run(main: Callable[[], int], prog: str) -> NoReturn:
     """Run a command: bad input and failing disks are one line on stderr and exit code 2, Ctrl-C and SIGTERM are 130. Warnings are one line, too."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
+    heeds = threading.current_thread() is threading.main_thread()
     warnings.formatwarning = lambda message, *_, **__: f"{prog}: {' '.join(str(message).split())}\n"
     try:
+        if heeds:
+            signal.signal(signal.SIGTERM, _terminate)
+            atexit.register(_deaf)
+            early.over()
         code = main()
     except (ValueError, OSError) as e:
         text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
@@ -105,8 +117,8 @@ def run(main: Callable[[], int], prog: str) -> NoReturn:
         print(f"{prog}: out of memory; ask for fewer or smaller images at a time (--help)", file=sys.stderr)
         code = 2
     except KeyboardInterrupt as e:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # another would only break off the end
+        if heeds:
+            _deaf()
         print(f"\n{prog}: interrupted{'; ' * bool(str(e))}{e}", file=sys.stderr)
         code = 130
     except SystemExit as e:

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "fastdiff"
 
 # A module may import those of the lines above its own, and what its line names of its own.
 LAYERS = [
-    {"files", "parts"},
+    {"files", "parts", "early"},
     {"schedules", "reference", "data", "unet", "version", "cli", "devices", "tuned", "ideal", "metrics"},
     {"distributed", "unet2d", "solvers", "library", "ways", "pictures", "native"},
     {"ops", "progress", "runs"},
