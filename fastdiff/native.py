@@ -444,9 +444,8 @@ def stamp(weights: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
 
 
 def _number(x: Tensor) -> int:
-    """Of a tensor's bits, and, by weights that are odd, of their places; modulo 2^64."""
-    bits = _bits(x).flatten().to(torch.int64)
-    return int((bits * (2 * torch.arange(bits.numel()) + 1)).sum())
+    """Of a tensor's bits, of 64."""
+    return int.from_bytes(hashlib.blake2b(_bits(x).flatten().numpy().data, digest_size=8).digest(), "little")
 
 
 def _bits(x: Tensor) -> Tensor:

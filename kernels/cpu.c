@@ -531,7 +531,8 @@ void fastdiff_block(const struct block *block, const float *x, const float *besi
   }
 }
 
-/* A number of so many bytes: polynomials of their 32-bit words, so that places count, as many side by side as a processor has room for. */
+/* A number of so many bytes: of their 32-bit words, as many side by side as a processor has room for, turned and multiplied after each. Without the
+   turning the top bit would stay where it is, and two changes of sign would undo each other. */
 static int64_t stamp(const unsigned char *from, long bytes) {
   enum { CHAINS = 8 * LANES };
   uint32_t sum[CHAINS] = {0}, word[CHAINS] = {0};
@@ -539,7 +540,7 @@ static int64_t stamp(const unsigned char *from, long bytes) {
   for (; bytes > 0; from += sizeof word, bytes -= sizeof word) {
     if (bytes < (long)sizeof word) memset(word, 0, sizeof word);
     memcpy(word, from, bytes < (long)sizeof word ? bytes : (long)sizeof word);
-    for (int i = 0; i < CHAINS; i++) sum[i] = sum[i] * 0x9E3779B1 + word[i];
+    for (int i = 0; i < CHAINS; i++) sum[i] = (sum[i] << 15 | sum[i] >> 17) * 0x9E3779B1 + word[i];
   }
   for (int i = 0; i < CHAINS; i++) all = (all ^ sum[i]) * 0x9E3779B97F4A7C15;
   return (int64_t)all;

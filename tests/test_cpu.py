@@ -936,6 +936,16 @@ def test_the_stamp_of_weights_sees_any_change(layout, dtype, way):
             weight.data.copy_(weight.roll(-1, dim))
 
 
+@pytest.mark.parametrize("change", [torch.neg, lambda x: 2 * x, lambda x: x.bfloat16().float()], ids=["negated", "doubled", "rounded"])
+def test_the_stamp_sees_a_change_of_all_numbers(change, way):
+    """Of signs or exponents alone: differences that are multiples of high powers of two, and that a sum modulo one of them would lose."""
+    for shape in ((4,), (256,), (64, 64, 3, 3), (256, 256, 3, 3)):
+        weight = torch.tensor([1.1, -2.2, -3.3, 4.4]).repeat(torch.Size(shape).numel() // 4).reshape(shape)
+        before = native.stamp([weight])
+        weight.copy_(change(weight))
+        assert native.stamp([weight]) != before, shape
+
+
 def test_the_stamp_tells_tensors_apart(way):
     one, two, none = torch.ones(3), torch.zeros(3), torch.empty(0)
     numbers = [number for _, number in native.stamp([one, two, none, torch.zeros(4)])]
