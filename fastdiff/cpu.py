@@ -51,7 +51,7 @@ class WinogradConv2d(nn.Module):
         self.packed: Tensor
 
     @staticmethod
-    def fits(module: nn.Module) -> bool:
+    def fits(module: nn.Module | None) -> bool:
         return (
             _plain3x3(module)
             and module.stride == (1, 1)
@@ -103,7 +103,7 @@ class StridedConv2d(nn.Module):
         self.packed: Tensor
 
     @staticmethod
-    def fits(module: nn.Module) -> bool:
+    def fits(module: nn.Module | None) -> bool:
         return _plain3x3(module) and module.stride == (2, 2) and module.out_channels % native.WIDE == 0 and native.available()
 
     def pack(self) -> None:
@@ -126,7 +126,7 @@ class PairedConv2d(nn.Conv2d):
         return super().forward(x.expand(2, -1, -1, -1))[:1] if single else super().forward(x)
 
 
-def _plain3x3(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+def _plain3x3(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
     """Whether it is a 3 x 3 convolution, of any stride, with one pixel of zeros around, in fp32 on the CPU."""
     return (
         type(module) is nn.Conv2d
@@ -224,17 +224,22 @@ def faster(model: nn.Module) -> nn.Module:
         return model
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, shared)  # type: ignore[arg-type]
+    replaced: dict[nn.Module | None, nn.Module] = {}  # a module may stand in several places
     for parent in list(twin.modules()):
-        for name, child in list(parent.named_children()):
-            if WinogradConv2d.fits(child):
+        for name, child in list(parent._modules.items()):
+            if child in replaced:
+                pass
+            elif WinogradConv2d.fits(child):
                 child.__class__ = PairedConv2d
-                setattr(parent, name, WinogradConv2d(child))  # type: ignore[arg-type]
+                replaced[child] = WinogradConv2d(child)  # type: ignore[arg-type]
             elif StridedConv2d.fits(child):
-                setattr(parent, name, StridedConv2d(child))  # type: ignore[arg-type]
+                replaced[child] = StridedConv2d(child)  # type: ignore[arg-type]
             elif FusedResBlock.fits(child):
-                setattr(parent, name, FusedResBlock(child))  # type: ignore[arg-type]
+                replaced[child] = FusedResBlock(child)  # type: ignore[arg-type]
             elif type(child) is nn.Conv2d and child.kernel_size != (1, 1):
                 child.__class__ = PairedConv2d
+            if child in replaced:
+                setattr(parent, name, replaced[child])
         if hasattr(parent, "norm_silu"):
             parent.norm_silu = norm_silu  # type: ignore[assignment]
     return twin.eval()
@@ -250,6 +255,8 @@ def shared(model: nn.Module) -> bool:
 
 def pack(model: nn.Module) -> None:
     """Let every replaced convolution and block of a model take up its weights."""
-    for module in reversed([*model.modules()]):  # what a module has before itself
-        if isinstance(module, (WinogradConv2d, StridedConv2d, FusedResBlock)):
-            module.pack()
+    modules = [*model.modules()]
+    for kinds in ((WinogradConv2d, StridedConv2d), (FusedResBlock,)):  # what a block has before itself
+        for module in modules:
+            if isinstance(module, kinds):
+                module.pack()  # type: ignore[operator]

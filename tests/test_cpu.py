@@ -726,6 +726,19 @@ def test_a_model_with_it_shares_its_weights_and_leaves_the_model_alone():
             torch.testing.assert_close(twin(x), model(x), atol=5e-5, rtol=0)
 
 
+def test_a_module_may_stand_in_several_places(way):
+    network = small_network(config=UNetConfig(shape=(3, 8, 8), channels=(64, 64), blocks=2, middle=3, group=16, num_classes=3))
+    network.middle[1].conv1, network.middle[1].conv2 = network.middle[0].conv1, network.middle[0].conv1
+    network.middle[2], network.shrink[0] = network.middle[0], nn.Sequential(network.shrink[0])
+    sampler = Sampler(network, Schedule.linear(50), shape=SMALL.shape, num_classes=3, steps=3)
+    x, t, labels = images(3, 3, 8, 8), torch.tensor([4, 9, 30]), torch.tensor([0, 1, 3])
+    for _ in range(2):
+        sampler(2, labels=1)
+        with torch.no_grad():
+            torch.testing.assert_close(sampler._network.model(x, t, labels), network(x, t, labels), atol=1e-4, rtol=1e-4)
+            network.middle[0].conv1.weight.mul_(1.5)
+
+
 NETWORKS = {
     "UNet": lambda: small_network(config=UNetConfig(channels=(64, 96), blocks=1, middle=1, group=16, num_classes=3)),
     "UNet2D": lambda: network_2d(),
