@@ -331,10 +331,12 @@ def calibrate(fused: FusedUNet, run: Callable[[FusedUNet], object]) -> FusedUNet
             handle.remove()
     quantised = FusedUNet(fused.model, fp8=True)
     for convolution in quantised.convolutions():
-        convolution.step = float(largest[convolution.name]) * HEADROOM / reference.FP8_MAX
+        # Where nothing but zeros was read, by norms that begin as 0, any scale will do.
+        convolution.step = (float(largest[convolution.name]) or 1.0) * HEADROOM / reference.FP8_MAX
     steps = {convolution.name: convolution.step for convolution in quantised.convolutions()}
     for convolution in quantised.convolutions():
         if convolution.fp8[1]:
-            convolution.inverse = torch.tensor([1 / steps[name] for name in convolution.readers], device=convolution.weight.device)
+            inverse = [1 / steps[name] for name in convolution.readers]
+            convolution.inverse = torch.tensor(inverse, device=convolution.weight.device, dtype=torch.float32)
         convolution.pack()
     return quantised

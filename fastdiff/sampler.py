@@ -465,7 +465,8 @@ class Sampler:
         room = _room_to_compile(freeze=self.device.type == "cpu") if self.compile else contextlib.nullcontext()
         place = torch.cuda.device(self.device) if self.device.type == "cuda" else _one_thread()
         with BUILDING, torch.no_grad(), _evaluating(self.model), room, place:
-            if self._network is not None and any(engine.capture for engine in self._engines.values()) and self._network.moved():
+            fixed = self._way == "fused" or any(engine.capture for engine in self._engines.values())  # to modules, or to where weights lie
+            if fixed and self._network is not None and self._network.moved():
                 self._network, self._same = None, {}
                 self._drop(0)
             if kind not in self._engines:

@@ -208,6 +208,29 @@ def a_gpu(monkeypatch):
     return there
 
 
+def test_fp8_of_norms_that_begin_as_0():
+    network = small_network()
+    with torch.no_grad():
+        for block in (*network.down, *network.up):
+            for p in (block.norm2.weight, block.norm2.bias):
+                p.zero_()
+        for p in network.modulation.parameters():
+            p.zero_()
+    sampler = Sampler(network, Schedule.linear(50), shape=SMALL.shape, num_classes=3, steps=3, device="cpu", dtype="fp8")
+    assert sampler(2, labels=1).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, "fp8"], ids=str)
+def test_modules_in_the_place_of_others_are_taken_up(dtype):
+    network, other = small_network(0), small_network(1)
+    options = {"shape": SMALL.shape, "num_classes": 3, "steps": 3, "device": "cpu", "compile": "fused", "dtype": dtype}
+    sampler = Sampler(network, Schedule.linear(50), **options)
+    before = sampler(2, labels=1)
+    network.head, network.down[0] = other.head, other.down[0]
+    after = sampler(2, labels=1)
+    assert not torch.equal(after, before) and torch.equal(after, Sampler(network, Schedule.linear(50), **options)(2, labels=1))
+
+
 def test_fp8_is_refused_where_the_gpu_has_none(a_gpu):
     a_gpu((8, 0), "NVIDIA A100")
     sampler = Sampler.__new__(Sampler)
