@@ -40,7 +40,8 @@ class WinogradConv2d(nn.Module):
         # Channels that are wanting, of what comes in and of what goes out.
         self.wanting = (-convolution.in_channels % native.LANES, -convolution.out_channels % native.WIDE) if self.native else (0, 0)
         # The columns of B^T that only ever meet the border of zeros are left out.
-        bt, at = torch.tensor(reference.WINOGRAD_BT, dtype=torch.float32)[:, 1:5], torch.tensor(reference.WINOGRAD_AT, dtype=torch.float32)
+        bt, at = (torch.tensor(v, dtype=torch.float32, device="cpu") for v in (reference.WINOGRAD_BT, reference.WINOGRAD_AT))
+        bt = bt[:, 1:5]
         self.register_buffer("before", torch.einsum("ap,bq->abpq", bt, bt).reshape(36, 16).float(), persistent=False)
         self.register_buffer("after", torch.einsum("pa,qb->pqab", at, at).reshape(16, 36).float(), persistent=False)
         self.register_buffer("packed", None, persistent=False)

@@ -74,7 +74,7 @@ class Convolution(nn.Module):
             weight = source.weight.permute(0, 2, 3, 1)  # [C', 3, 3, C]
             if self.op == "conv_up":
                 weight = reference.up_weight(weight.float()).to(weight.dtype)
-            bias = torch.zeros(self.c_out, device=weight.device) if source.bias is None else source.bias.float()
+            bias = torch.zeros(self.c_out, device=weight.device, dtype=torch.float32) if source.bias is None else source.bias.float()
             if shortcut is not None:
                 self._keep("skip_weight", shortcut.weight.flatten(1))
                 if shortcut.bias is not None:

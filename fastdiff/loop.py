@@ -154,10 +154,10 @@ class Engine:
         self.capture = capture and not kind.guide
         self.guide: Guide | None = None  # as long as a call lasts
         self.answered: tuple[list[int], list[int]] | None = None  # what shape the network has made of which
-        self.table = torch.zeros(kind.capacity, len(COLUMNS), dtype=torch.float32, device=device)
-        self.predicted = torch.zeros(kind.capacity, 2, dtype=torch.float32, device=device)  # px and pm, where the update is given x0 itself
+        self.table = torch.zeros(kind.capacity, len(COLUMNS), device=device, dtype=torch.float32)
+        self.predicted = torch.zeros(kind.capacity, 2, device=device, dtype=torch.float32)  # px and pm, where the update is given x0 itself
         self.timesteps = torch.zeros(kind.capacity, device=device, dtype=torch.float32 if kind.fractional else torch.int64)
-        self.levels = torch.zeros(kind.capacity + 1, 2, dtype=torch.float32, device=device)
+        self.levels = torch.zeros(kind.capacity + 1, 2, device=device, dtype=torch.float32)
         self.conditions: Tensor | None = None
         self.conditioned: tuple[Any, Tensor] = None, self.timesteps[:0]  # of what weights and timesteps they are
         if network.hoisted:
@@ -207,7 +207,7 @@ class Loop:
         self.size, self.shape, device = kind.size, engine.shape, engine.device
         network = engine.network
         rows = 2 * self.size if kind.guided else self.size
-        self.x = torch.zeros(self.size, *self.shape, dtype=torch.float32, device=device)
+        self.x = torch.zeros(self.size, *self.shape, device=device, dtype=torch.float32)
         self.x0 = torch.zeros_like(self.x)
         self.history = self.x.new_zeros(SLOTS if kind.history else 0, *self.x.shape)
         self.z = torch.zeros_like(self.x) if kind.given else None
@@ -217,7 +217,7 @@ class Loop:
         self.labelled = network.num_classes is not None
         self.seeds = torch.zeros(self.size, device=device, dtype=torch.int64)
         self.ids = torch.zeros(self.size, device=device, dtype=torch.int64)
-        self.guidance = torch.ones(self.size, dtype=torch.float32, device=device)
+        self.guidance = torch.ones(self.size, device=device, dtype=torch.float32)
         self.row = torch.zeros(1, device=device, dtype=torch.int64)
         self.start = counter("start", 0, device)
         if kind.painted:

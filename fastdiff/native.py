@@ -51,16 +51,21 @@ _BUILDING = threading.Lock()
 _FREE: list[Tensor] = []
 
 
+def _empty(*shape: int) -> Tensor:
+    """fp32 for C to write, whatever the process's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 @contextlib.contextmanager
 def _scratch(numel: int) -> Iterator[Tensor]:
     """fp32 [numel] that no other thread has, of any values."""
     try:
         mine = _FREE.pop()
     except IndexError:
-        mine = torch.empty(0, dtype=torch.float32)
+        mine = _empty(0)
     if mine.numel() < numel:
         with torch.inference_mode(False):  # or nobody could use it outside of that mode
-            mine = torch.empty(numel, dtype=torch.float32)
+            mine = _empty(numel)
     try:
         yield mine
     finally:
@@ -260,7 +265,7 @@ def covers(x: Tensor, *channels: int) -> bool:
 
 def noise_words(seeds: Tensor, ids: Tensor, counter: Tensor, quads: int) -> Tensor:
     """See `reference.noise_words`."""
-    library, made = _library(), torch.empty(len(ids), quads, 4, dtype=torch.int64)
+    library, made = _library(), torch.empty(len(ids), quads, 4, dtype=torch.int64, device="cpu")
     assert library is not None
     return _noise(library.fastdiff_noise_words, seeds, ids, counter, made, quads)
 
@@ -269,7 +274,7 @@ def normal(seeds: Tensor, ids: Tensor, counter: Tensor, numel: int) -> Tensor:
     """See `reference.normal`; logarithms, roots and cosines are rounded otherwise in their last bits."""
     library = _library()
     assert library is not None
-    return _noise(library.fastdiff_normal, seeds, ids, counter, torch.empty(len(ids), numel, dtype=torch.float32), numel)
+    return _noise(library.fastdiff_normal, seeds, ids, counter, _empty(len(ids), numel), numel)
 
 
 def _noise(make: Callable[..., None], seeds: Tensor, ids: Tensor, counter: Tensor, made: Tensor, size: int) -> Tensor:
@@ -392,7 +397,7 @@ class Block:
         assert c + c_beside == self.c_in, f"there must be {self.c_in} channels"
         style = _rows(style, self.style)
         assert style is None or (self.style and len(style) == n), "style must have a row for each image, and a norm"
-        y = torch.empty(n, h, w, self.c_out, dtype=torch.float32)
+        y = _empty(n, h, w, self.c_out)
         tiles = h * w // 16
         part = _part(n, tiles, self.widest)
         with _scratch(_scratch_numel(part, h, w, self.widest)) as scratch:
@@ -413,7 +418,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, step: int) -> Tensor
     assert weight.shape[1:] == (9 * c, WIDE) and weight.dtype == torch.float32, "the weight must be as reference.conv_weight makes it"
     assert bias is None or bias.shape == (channels,), "the bias must be [C']"
     x, weight, bias = x.contiguous(memory_format=torch.channels_last), weight.contiguous(), None if bias is None else _dense(bias)
-    y = torch.empty(n, -(-h // step), -(-w // step), channels, dtype=torch.float32)
+    y = _empty(n, -(-h // step), -(-w // step), channels)
     with _scratch(_TEAM.cores * MOST_ROWS * 9 * c) as scratch:
         library.fastdiff_conv3x3(
             x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(), n, h, w, c, channels, step, _TEAM.cores,

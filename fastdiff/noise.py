@@ -39,7 +39,7 @@ def column64(values: int | Sequence[int] | Tensor, n: int, device: torch.device 
         if whole(values):
             return torch.full((n,), signed(int(values)), dtype=torch.int64, device=device)  # type: ignore[arg-type]
         try:
-            values = torch.tensor([signed(operator.index(v)) for v in values], dtype=torch.int64)  # type: ignore[union-attr]
+            values = torch.tensor([signed(operator.index(v)) for v in values], dtype=torch.int64, device=device)  # type: ignore[union-attr]
         except TypeError:
             raise ValueError(f"seeds and ids are whole numbers, not {values!r}") from None
     if values.is_floating_point():

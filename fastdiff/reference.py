@@ -379,7 +379,7 @@ def winograd_conv3x3(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     matrices = packed.transpose(1, 2).flatten(2)  # [36, C, C']
     (n, c, h, w), out = x.shape, matrices.shape[2]
     tiles = h * w // 16
-    bt, at = torch.tensor(WINOGRAD_BT).to(x), torch.tensor(WINOGRAD_AT).to(x)
+    bt, at = torch.tensor(WINOGRAD_BT, device=x.device).to(x), torch.tensor(WINOGRAD_AT, device=x.device).to(x)
     pixels = F.unfold(x, 6, padding=1, stride=4).view(n, c, 6, 6, tiles)
     places = torch.einsum("ip,jq,ncpqt->ijntc", bt, bt, pixels).reshape(36, n * tiles, c)
     made = torch.bmm(places, matrices).view(6, 6, n, tiles, out)

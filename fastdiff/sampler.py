@@ -247,7 +247,7 @@ class Sampler:
         """Whether a network call of so many rows gives the bits of one of the most, by trying: for another shape a library may sum in another order."""
         while (most := self._most()) not in self._same or (rows < most and rows not in self._same):
             x = noise.normal(0, range(most), 0, self.shape, stream="draw").to(self.dtype)
-            labels = None if self.num_classes is None else torch.arange(most) % self.num_classes  # there may be no null class
+            labels = None if self.num_classes is None else torch.arange(most, device="cpu") % self.num_classes  # there may be no null class
             t, network = self.table.tensors("cpu")[1][:1], self._take_network()
 
             def call(
@@ -324,7 +324,7 @@ class Sampler:
             (loop, *_) = self._ready(guided, size).loops
             ids = torch.arange(size, device=self.device)
             labels = None if self.num_classes is None else ids % self.num_classes
-            weights = torch.full((size,), 2.0 if guided else 1.0, dtype=torch.float32, device=self.device)
+            weights = torch.full((size,), 2.0 if guided else 1.0, device=self.device, dtype=torch.float32)
             with _evaluating(self.model), _one_thread() if self.device.type == "cpu" else torch.cuda.device(self.device):
                 loop.begin(torch.zeros_like(ids), ids, labels, weights)
                 loop.advance(guided, 1)
@@ -442,7 +442,7 @@ class Sampler:
             (loop,) = engine.loops
             ids = torch.arange(CALIBRATED, device=self.device)
             labels = None if self.num_classes is None else ids % (self.num_classes + 1)
-            loop.begin(torch.zeros_like(ids), ids, labels, torch.ones(CALIBRATED, dtype=torch.float32, device=self.device))
+            loop.begin(torch.zeros_like(ids), ids, labels, torch.ones(CALIBRATED, device=self.device, dtype=torch.float32))
             loop.advance(False, len(self.table))
 
     def _kind(
@@ -590,7 +590,7 @@ class Sampler:
                 wanted = tuple(rows) if isinstance(rows, Iterable) else ()
             if not wanted or not all(whole(row) and 0 <= row < total for row in wanted) or len(set(wanted)) < len(wanted):
                 raise ValueError(f"rows is {rows!r}; give different numbers from 0 to {total - 1}, or how many, from 1 to {total}")
-            x, x0 = (torch.empty(len(wanted), n, *self.shape, dtype=torch.float32) for _ in range(2))
+            x, x0 = (torch.empty(len(wanted), n, *self.shape, dtype=torch.float32, device="cpu") for _ in range(2))
             places = {row: i for i, row in enumerate(wanted)}
             kept.extend((wanted, x, x0))
 
@@ -694,7 +694,7 @@ class Sampler:
             return f"sample {first + i}" if seeds is None else f"sample 0 of seed {int(columns['seeds'][i])}"
 
         with self._working():
-            out = torch.empty(n, *self.shape, dtype=torch.float32, device=self.device)
+            out = torch.empty(n, *self.shape, device=self.device, dtype=torch.float32)
 
             def run(size: int) -> Tensor:
                 kind = self._kind(table, guided, size, "known" in columns, threshold, guide, noise is not None)
@@ -869,13 +869,13 @@ class Sampler:
         if seeds is None:
             if not whole(seed) or not whole(first):
                 raise ValueError(f"seed is {seed!r} and first is {first!r}; give whole numbers")
-            return column64(int(seed), n), torch.arange(n) + signed(int(first))
+            return column64(int(seed), n), torch.arange(n, device="cpu") + signed(int(first))
         column = column64(seeds, n)
         if (whole(seeds) and not isinstance(seeds, Tensor)) or column.shape != (n,):
             raise ValueError(f"seeds has shape {list(column.shape)} for {n} images; give one seed per image")
         if seed != 0 or first != 0:
             raise ValueError("give either seeds, one per image, or seed and first")
-        return column, torch.zeros(n, dtype=torch.int64)
+        return column, torch.zeros(n, dtype=torch.int64, device="cpu")
 
     def _labels(self, n: int, labels: int | Sequence[int] | Tensor | None) -> Tensor | None:
         if self.num_classes is None:
@@ -990,7 +990,7 @@ def _interval(interval: tuple[float, float]) -> tuple[float, float]:
 
 def _tensor(values: Any, name: str) -> Tensor:
     try:
-        return torch.as_tensor(values).cpu()
+        return torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name} is {values!r}; give a number, or one per image") from None
 

@@ -81,7 +81,7 @@ class UNetConfig:
 
 def timestep_embedding(t: Tensor, size: int) -> Tensor:
     """Sines and cosines of t at frequencies 10000^(-i / (size / 2)), fp32 [N, size] (Vaswani et al. 2017, section 3.5). t: [N]."""
-    frequency = torch.exp(torch.arange(size // 2, device=t.device) * (-math.log(10000) / (size // 2)))
+    frequency = torch.exp(torch.arange(size // 2, device=t.device, dtype=torch.float32) * (-math.log(10000) / (size // 2)))
     angle = t.float()[:, None] * frequency  # [N, size / 2]
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 

@@ -3,6 +3,7 @@ network is replaced, and that it follows its weights."""
 
 import collections
 import concurrent.futures
+import contextlib
 import ctypes
 import logging
 import os
@@ -18,6 +19,7 @@ import torch
 from helpers import SMALL, small_network
 from torch import nn
 
+import fastdiff
 from fastdiff import Sampler, Schedule, UNetConfig, cpu, native, ops, reference
 from fastdiff.cpu import WinogradConv2d
 from fastdiff.unet import ResBlock
@@ -51,6 +53,35 @@ def images(n, c, h, w):
 
 def exact(c, x):
     return nn.functional.conv2d(x.double(), c.weight.double(), None if c.bias is None else c.bias.double(), padding=1)
+
+
+@contextlib.contextmanager
+def by_default(dtype, device):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_defaults_of_the_process_have_no_part_in_it(dtype, device, way):
+    """What C writes is fp32, in memory that there is so much of."""
+    network = small_network(config=UNetConfig(channels=(64, 64), blocks=1, middle=1, num_classes=3))
+    z, call = torch.ones(5, 3, 16, 16), {"labels": [0, 1, 2, 0, 1], "guidance": 2.0}
+
+    def made():
+        sampler = Sampler(network, Schedule.linear(50), shape=(3, 16, 16), num_classes=3, steps=3, solver="ddpm")
+        images = sampler(5, **call), sampler(5, noise=lambda row: z, **call), *sampler.trajectory(2, 2, labels=1)[2:]
+        return *images, fastdiff.normal(3, torch.tensor([0, 1], device="cpu"), 2, (3, 5))
+
+    wanted = made()
+    with by_default(dtype, device):
+        found = made()
+    assert all(one.dtype == torch.float32 and torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("apart", [False, True])
