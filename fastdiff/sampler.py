@@ -281,11 +281,12 @@ class Sampler:
     @contextlib.contextmanager
     def _within(self) -> Iterator[None]:
         """This thread works on a call."""
-        self._inside.add(threading.get_ident())
+        before = {threading.get_ident()} - self._inside  # or it goes on with the call that it was in
+        self._inside |= before
         try:
             yield
         finally:
-            self._inside.discard(threading.get_ident())
+            self._inside -= before
 
     def warmup(self, guided: bool = False, workers: int = 1, n: int | None = None) -> float:
         """Build what the first call would: buffers, compiled code, CUDA graphs. n: for that many images. Returns the seconds it took."""
@@ -1031,9 +1032,9 @@ def _one_thread() -> Iterator[int]:
             torch.set_num_threads(_HELD.pop())
 
 
-def _share(starts: Sequence[int], workers: Sequence[Callable[[int], Iterator[None]]]) -> None:
+def _share(starts: Sequence[int], workers: Sequence[Callable[[int], Iterator[None]]], halt: Callable[[], object] = lambda: None) -> None:
     """Let each worker, on a thread and its share of the cores, take starts until none are left. An error or Ctrl-C stops all after their row. A worker
-    alone works on the caller's thread."""
+    alone works on the caller's thread. halt: called before the end is waited for, lest any wait for one that has not begun."""
     if len(workers) == 1:
         with torch.no_grad(), _one_thread() as cores, native.team(cores):
             for start in starts:
@@ -1066,8 +1067,10 @@ def _share(starts: Sequence[int], workers: Sequence[Callable[[int], Iterator[Non
                 thread.join()
         finally:
             stop.set()
+            halt()
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:  # it was started
+                    thread.join()
     if errors:
         raise errors[0]
 
@@ -1089,4 +1092,4 @@ def _share_in_step(
             raise
 
     # Nobody gets past the first row before each has taken an i.
-    _share(range(len(loops)), [functools.partial(lambda loop, i: watched(i, loop), loop) for loop in loops])
+    _share(range(len(loops)), [functools.partial(lambda loop, i: watched(i, loop), loop) for loop in loops], barrier.abort)

@@ -884,6 +884,7 @@ def test_a_call_within_a_call_is_refused(network):
     assert torch.equal(sampler(6, labels=1, callback=tries), wanted)
     assert torch.equal(sampler(6, labels=1, guide=lambda state: (tries(), state.x0)[1]), sampler(6, labels=1, guide=lambda state: state.x0))
     assert torch.equal(sampler(6, labels=1, noise=tries), wanted)
+    assert torch.equal(sampler(6, labels=1, noise=lambda row: None, callback=tries), wanted)
     assert all(torch.equal(image, other(1, labels=2)) for image in nested)
 
 
@@ -1256,6 +1257,24 @@ def test_errors_in_given_noise_stop_all_workers():
         sampler(5, noise=lambda row: None, callback=fails)
     with pytest.raises(ValueError, match="not finite for sample 3"):
         sampler(5, noise=lambda row: torch.zeros(5, 3, 8, 8).index_fill_(0, torch.tensor([3]), torch.nan))
+
+
+@pytest.mark.parametrize("noise", [None, lambda row: None])
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), KeyboardInterrupt()], ids=repr)
+def test_a_thread_that_cannot_be_started_is_not_waited_for(network, noise, error, threads, monkeypatch):
+    """Nor do those that were started wait for it."""
+    threads(3)
+    sampler, start, began = make(network, solver="ddpm", micro_batch=2), threading.Thread.start, []
+
+    def starts(self):
+        if self.daemon and (began.append(self) or len(began) == 2):
+            raise error
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", starts)
+    with pytest.raises(type(error), match=str(error) or None):
+        sampler(6, labels=1, noise=noise)
+    assert len(began) == 2 and not began[0].is_alive()
 
 
 def test_a_table_of_rows_is_a_solver():
