@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import native, ops, reference
 from .unet import ResBlock, UNet
+from .unet2d import touched
 
 EPS = 1e-5
 # Most images are never seen in calibration; twice the largest value seen costs e4m3, a floating-point type, no precision.
@@ -131,6 +132,11 @@ class Convolution(nn.Module):
         else:
             read = [self.channels // self.inputs]
         return ops.uncovered(device, dtype, *self.size, 64 if self.op == "conv_out" else self.c_out, groups, *read)
+
+
+def fits(model: nn.Module) -> bool:
+    """Whether calling it is what UNet says, and no more: no hooks, and no forward or body of a class's, or a module's, own."""
+    return isinstance(model, UNet) and type(model).forward is UNet.forward and type(model).body is UNet.body and not touched(model)
 
 
 class FusedUNet(nn.Module):

@@ -20,7 +20,7 @@ from .noise import counter
 from .reference import COLUMNS, SLOTS
 from .solvers import Table
 from .unet import UNet
-from .unet2d import UNet2D, adopted, touched
+from .unet2d import HOOKS, UNet2D, adopted, touched
 
 # Rows in one CUDA graph. A replay costs the host some microseconds, so a sixteenth of that a row; the rest of a loop is replayed row by row.
 CHUNK = 16
@@ -76,6 +76,7 @@ class Network:
         self.given, self.num_classes, self.compiler = model, num_classes, compiler
         self.weights: list[Tensor] = []
         self.stamp: tuple[tuple[int, int], ...] = ()  # of the weights, on a CPU
+        self.hooked: tuple[bool, bool]
         self._build()
         self.refresh()
 
@@ -83,10 +84,10 @@ class Network:
         accelerated = rewrite.accelerated(self.given)
         model = self.given if accelerated else adopted(self.given, self.num_classes)
         self.model = model = cpu.faster(model) if cpu.known(model) and not accelerated else model
-        self.touched = touched(self.given)
+        self.hooked = self._hooked()
         self.places = self._places()
         # An accelerated module is so as a whole, when it is called.
-        self.hoisted = getattr(model, "hoisted", False) is True and not accelerated
+        self.hoisted = getattr(model, "hoisted", False) is True and not accelerated and in_parts(model)
         self.indexed = getattr(model, "indexed", False)
         self.shared = cpu.shared(model)
         call: Any = model.body if self.hoisted else model
@@ -99,14 +100,17 @@ class Network:
         weights = self._weights()
         if not all(w.device.type == "cpu" for w in weights):
             return
-        stamp, hooked = native.stamp(weights), touched(self.given)
-        if stamp == self.stamp and hooked == self.touched:
+        stamp, rehooked = native.stamp(weights), self._hooked() != self.hooked
+        if stamp == self.stamp and not rehooked:
             return
-        others = list(map(id, weights)) != list(map(id, self.weights)) or hooked != self.touched
-        if self.weights and self.model is not self.given and not self.compiler and others:
+        others = self.model is not self.given and list(map(id, weights)) != list(map(id, self.weights))
+        if self.weights and not self.compiler and (others or rehooked):
             self._build()
         cpu.pack(self.model)
         self.weights, self.stamp = weights, stamp
+
+    def _hooked(self) -> tuple[bool, bool]:
+        return touched(self.given), in_parts(self.given)
 
     def _weights(self) -> list[Tensor]:
         source = self.given.model if isinstance(self.given, FusedUNet) else self.given
@@ -180,10 +184,11 @@ class Engine:
         self.levels[: n + 1].copy_(torch.from_numpy(table.levels))
         self.predicted[:n].copy_(torch.from_numpy(table.rows[:, :2]))
         stamp = self.network.stamp
-        if self.conditions is not None and not (stamp and stamp == self.conditioned[0] and torch.equal(t, self.conditioned[1])):
+        same = stamp and stamp == self.conditioned[0] and torch.equal(t, self.conditioned[1])
+        if self.conditions is not None and self.network.hoisted and not (same and not self.network.hooked[0]):
             self.conditions[:n].copy_(self.network.conditions(t))
-            if type(self.network.model) in (UNet, UNet2D, FusedUNet):  # of others, what else it depends on is not known
-                self.conditioned = stamp, t
+            known = type(self.network.model) in (UNet, UNet2D, FusedUNet) and not self.network.hooked[0]
+            self.conditioned = (stamp, t) if known else (None, t[:0])  # of others, what else it depends on is not known
         self.learned, self.start, self.scale = table.learned, table.start, table.scale
         if self.learned and self.answered is not None and self.answered[0] == self.answered[1]:  # a graph would not look at it again
             raise unlearned(*self.answered)
@@ -336,7 +341,7 @@ class Loop:
         engine = self.engine
         if engine.conditions is not None and engine.network.indexed:
             return engine.network.call(x, engine.conditions.flatten(0, 1), self.row * engine.conditions.shape[1] + labels)
-        if engine.conditions is not None:
+        if engine.conditions is not None and engine.network.hoisted:
             return engine.network.call(x, engine.conditions[self.row, labels])
         t = engine.timesteps[self.row].expand(len(x))
         if engine.network.hoisted:
@@ -432,6 +437,16 @@ class Loop:
 def unlearned(made: list[int], x: list[int]) -> ValueError:
     wanted = [x[0], 2 * x[1], *x[2:]]
     return ValueError(f"the network made {made} of {x}; it must make {wanted}, since the variance is learned")
+
+
+def in_parts(model: nn.Module) -> bool:
+    """Whether a network that says it is `hoisted` still is what its condition and body say: calling it does no more by hooks, nor something else by a
+    `forward` of its own, or of a class that is derived from the one that says so."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile's is what it is of
+    if "forward" in vars(model) or any(getattr(model, name) for name in HOOKS):
+        return False
+    says = next((name for kind in type(model).__mro__ for name in ("hoisted", "forward") if name in vars(kind)), "")
+    return says == "hoisted" or "hoisted" in vars(model)
 
 
 def answered(m: Any) -> Any:

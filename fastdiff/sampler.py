@@ -155,6 +155,10 @@ class Sampler:
             compile = "fused"
         if compile == "fused" and not isinstance(model, UNet):
             raise ValueError(f'compile="fused" runs a fastdiff.UNet; for {type(model).__name__} see fastdiff.accelerate')
+        if compile == "fused" and not fused.fits(model):
+            raise ValueError(
+                'compile="fused" does not heed hooks, nor a forward or body of one\'s own, which this network has; give compile=False'
+            )
         if threshold is not None and not (_real(threshold) and 0 < threshold <= 1):
             raise ValueError(f"threshold is {threshold!r}; give a quantile above 0 and at most 1, such as 0.995, or None")
         self.schedule, self.solver, self.options, self.threshold = schedule, solver, options, threshold
@@ -345,7 +349,7 @@ class Sampler:
         found: dict[str, list[float]] = {}
         with self._working():
             runs: dict[str, Callable[[], None]] = {}
-            own = isinstance(self.model, UNet) and self.device.type == "cuda"
+            own = fused.fits(self.model) and self.device.type == "cuda"
             accelerated = rewrite.accelerated(self.model)
             for way in ("eager", *(["compiled"] if not accelerated else []), *(["fused"] if own and not accelerated else [])):
                 other = Sampler(
@@ -402,13 +406,15 @@ class Sampler:
     def _recalled(self) -> str:
         if rewrite.accelerated(self.model):
             return "eager"  # it compiles itself, and within another compilation would be as it was before
-        found = ways.recall(self._key())
+        fusible = fused.fits(self.model)
+        found = {way: ms for way, ms in ways.recall(self._key()).items() if way != "fused" or fusible}
         if found:
             return min(found, key=found.__getitem__)
         if self.device.type != "cuda":
             return "eager"
         shipped = tuned.table().get(torch.cuda.get_device_name(self.device), {})
-        return shipped.get(f"network {ways.digest(self.model)} {str(self.dtype).removeprefix('torch.')}", "compiled")
+        way = shipped.get(f"network {ways.digest(self.model)} {str(self.dtype).removeprefix('torch.')}", "compiled")
+        return way if way != "fused" or fusible else "compiled"
 
     def _take_network(self) -> Network:
         if self._network is None:

@@ -342,10 +342,12 @@ class UNet2D(nn.Module):
         return self.body(x, self.condition(t, labels))
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def touched(model: nn.Module) -> bool:
     """Whether calling it does something else, or more, than its classes say."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any("forward" in vars(module) or any(getattr(module, name) for name in hooks) for module in model.modules())
+    return any("forward" in vars(module) or any(getattr(module, name) for name in HOOKS) for module in model.modules())
 
 
 # What a module says of itself that has no part in what it computes without gradients, in eval mode; and what `adopted` looks at apart.

@@ -1,5 +1,6 @@
 """The sampler: the images it makes, that they depend on seed and id alone, what it can start from, and what it refuses."""
 
+import functools
 import re
 import threading
 import warnings
@@ -12,7 +13,7 @@ import torch
 from helpers import SMALL, FiniteList, Gaussian, Plain, by_hand, guided, small_checkpoint, small_network
 from torch import nn
 
-from fastdiff import Sampler, Schedule, UNetConfig, native, noise, solvers
+from fastdiff import Sampler, Schedule, UNet, UNetConfig, native, noise, solvers
 from fastdiff.noise import slerp
 
 SCHEDULE = Schedule.linear(50)
@@ -834,6 +835,48 @@ def test_hooks_of_fastdiffs_own_networks_are_heeded():
     assert not torch.equal(hooked, before) and torch.equal(hooked, make(network, shape=(3, 16, 16))(2, labels=1))
     handle.remove()
     torch.testing.assert_close(sampler(2, labels=1), before, atol=1e-4, rtol=0)
+
+
+class Half(UNet):
+    def forward(self, x, t, labels=None):
+        return 0.5 * UNet.forward(self, x, t, labels)
+
+
+UPON = {
+    "hook": lambda network: network.register_forward_hook(lambda module, given, made: 0.5 * made),
+    "hook before": lambda network: network.register_forward_pre_hook(lambda module, given: (0.5 * given[0], *given[1:])),
+    "hook on what is made once": lambda network: network.time.register_forward_hook(lambda module, given, made: 20 * made),
+    "forward of its own": lambda network: setattr(network, "forward", functools.partial(Half.forward, network)),
+    "forward of its class's own": lambda network: setattr(network, "__class__", Half),
+}
+
+
+@pytest.mark.parametrize("upon", UPON)
+@pytest.mark.parametrize("channels", [(64, 64), (24,)], ids=["in C", "as it is"])
+def test_what_is_put_upon_the_network_itself_is_heeded(channels, upon, monkeypatch):
+    """Such a network is no longer what its condition and body say. Before the first call, or between two."""
+    monkeypatch.setattr(native, "available", lambda: channels == (64, 64))
+    network = small_network(config=UNetConfig(channels=channels, blocks=1, middle=1, num_classes=3))
+    plain = small_network(config=network.config)
+    sampler = make(network, shape=(3, 16, 16), clip=None)
+    before = sampler(2, labels=1)
+    UPON[upon](network)
+
+    def says(x, t, labels):
+        return network(x, t, labels)
+
+    wanted = make(Plain(says, network), shape=(3, 16, 16), clip=None)(2, labels=1)
+    for found in (sampler(2, labels=1), make(network, shape=(3, 16, 16), clip=None)(2, labels=1)):
+        torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-4)
+    assert (wanted - before).abs().max() > 1e-2
+    if "hook" in upon:
+        for module in network.modules():
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        torch.testing.assert_close(sampler(2, labels=1), make(plain, shape=(3, 16, 16), clip=None)(2, labels=1), atol=1e-3, rtol=1e-4)
+    else:
+        with pytest.raises(ValueError, match=r'^compile="fused" does not heed hooks, nor a forward or body of one\'s own'):
+            make(network, shape=(3, 16, 16), compile="fused")
 
 
 def test_names_alone_do_not_make_a_network_one_of_two_parts():
