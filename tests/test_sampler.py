@@ -879,6 +879,24 @@ def test_what_is_put_upon_the_network_itself_is_heeded(channels, upon, monkeypat
             make(network, shape=(3, 16, 16), compile="fused")
 
 
+def test_a_network_that_begins_with_zeros_does_not_settle_which_shapes_give_the_same_bits(threads):
+    """All that it says is 0, of any number of rows; once it has been trained, last bits may be others for few."""
+    gain = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def says(x, t):
+        return gain * x * (0.5 + 2**-20 if len(x) < 32 else 0.5)
+
+    threads(1)
+    sampler = plain(says, nn.ParameterList([gain]), shape=(1, 4, 4), micro_batch="auto")
+    for value in (0.0, 0.0, torch.nan, 1.0):
+        gain.fill_(value)
+        if value == value:
+            sampler(1)
+            sampler(3)
+    whole = sampler(200)
+    assert all(torch.equal(sampler(n), whole[:n]) for n in (1, 3, 40))
+
+
 def test_names_alone_do_not_make_a_network_one_of_two_parts():
     """condition and body may mean anything."""
 
