@@ -283,11 +283,14 @@ class Sampler:
 
     @contextlib.contextmanager
     def _working(self) -> Iterator[None]:
-        """One call at a time; without gradients, but with tensors that can be written to after the caller's inference mode; on a CPU on one core."""
+        """One call at a time; without gradients, but with tensors that can be written to after the caller's inference mode; without the caller's
+        autocast, which threads that are started here would not have; on a CPU on one core."""
         if threading.get_ident() in self._inside:
             raise ValueError("this Sampler is in the middle of a call; what it calls itself, a callback, say, needs a Sampler of its own")
         place = _one_thread() if self.device.type == "cpu" else contextlib.nullcontext()
-        with self._lock, self._within(), torch.inference_mode(False), torch.no_grad(), place:
+        kind = self.device.type
+        plain = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+        with self._lock, self._within(), torch.inference_mode(False), torch.no_grad(), plain, place:
             yield
 
     @contextlib.contextmanager

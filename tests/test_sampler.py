@@ -897,6 +897,22 @@ def test_a_network_that_begins_with_zeros_does_not_settle_which_shapes_give_the_
     assert all(torch.equal(sampler(n), whole[:n]) for n in (1, 3, 40))
 
 
+@pytest.mark.parametrize("noise", [None, lambda row: torch.zeros(6, *SMALL.shape)])
+def test_autocast_of_the_caller_has_no_part_in_it(network, noise, threads):
+    """Threads of a call's own would not have it."""
+
+    def says(x, t, labels):
+        return network(x, t, labels)
+
+    sampler = make(Plain(says, network), micro_batch=2)
+    wanted = sampler(6, labels=1, noise=noise)
+    for count in (1, 2):
+        threads(count)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(sampler(6, labels=1, noise=noise), wanted)
+            assert torch.is_autocast_enabled("cpu")
+
+
 def test_names_alone_do_not_make_a_network_one_of_two_parts():
     """condition and body may mean anything."""
 
