@@ -987,7 +987,7 @@ def by_cost(n: int, most: int, threads: int, shared: bool) -> list[int]:
     call of their own help with another's (`cpu.shared`)."""
 
     def cost(rows: int) -> tuple[float, int]:
-        calls = math.ceil(n / rows)
+        calls = max(math.ceil(n / rows), 1)
         at_once = min(calls, threads)
         saved = 1 - 1 / (threads // at_once) if shared else 0.0
         one = rows * (1 - saved * ROW_SHARED) + CALL_ROWS - saved * CALL_SHARED

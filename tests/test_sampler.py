@@ -258,7 +258,12 @@ def test_weights_that_others_take_the_place_of_are_taken_up():
 
 
 def test_empty(network):
-    assert make(network)(0).shape == (0, *SMALL.shape)
+    for options in ({}, {"micro_batch": "auto"}, {"micro_batch": "auto", "solver": "ddpm"}):
+        sampler = make(network, **options)
+        assert sampler(0).shape == sampler(0, labels=1, guidance=2.0).shape == (0, *SMALL.shape)
+        assert sampler(0, noise=lambda row: torch.zeros(0, *SMALL.shape)).shape == (0, *SMALL.shape)
+        assert sampler.trajectory(0, 2).x.shape == (2, 0, *SMALL.shape)
+        assert sampler.encode(torch.zeros(0, *SMALL.shape)).shape == (0, *SMALL.shape)
 
 
 def test_another_dtype_leaves_the_model_alone(network, device):
