@@ -209,6 +209,10 @@ class Sampler:
         if isinstance(chosen, solvers.Table):
             if steps is not None or any(name != "strength" or value != 1 for name, value in options.items()):
                 raise ValueError("solver is a table of rows, which has its steps and options already; give none, or a solver by its name")
+            if (row := chosen.severed()) is not None:
+                raise ValueError(
+                    f"row {row} of the table looks back on a row before it that there is not; rows of {chosen.solver} go together"
+                )
             return chosen
         own = self.options if solver in (None, self.solver) else {}
         if steps is not None or "spacing" in options:

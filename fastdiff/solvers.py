@@ -465,6 +465,14 @@ class Table:
         """Whether a row looks at a saved value, beside the x0 of the row before."""
         return bool((self.column("slot") >= 0).any())
 
+    def severed(self) -> int | None:
+        """The first row that looks back on what no row before it has left, as one may of rows that are cut out of a table; None where there is none."""
+        number, slot = np.arange(len(self)), self.column("slot")
+        looks = (self.column("c") != 0) & (number == 0)
+        for k in range(SLOTS):
+            looks |= (self.column(f"h{k}") != 0) & (np.cumsum(slot == k) - (slot == k) == 0)
+        return int(looks.argmax()) if looks.any() else None
+
     def given_x0(self) -> Table:
         """The same rows for a network that says x0 itself; whatever they took of its own noise estimate then comes from that x0."""
         alpha, sigma = self.levels[:-1].T

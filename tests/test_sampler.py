@@ -4,6 +4,7 @@ import functools
 import re
 import threading
 import warnings
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -1368,6 +1369,23 @@ def test_a_table_of_rows_is_a_solver():
     for call in ({"steps": 4}, {"eta": 0.5}, {"strength": 0.5, "x_start": torch.zeros(3, 8, 8)}):
         with pytest.raises(ValueError, match="solver is a table of rows, which has its steps and options already"):
             sampler(3, solver=sampler.table, **call)
+
+
+@pytest.mark.parametrize("solver", solvers.names())
+def test_rows_cut_out_of_a_table_that_look_back_are_refused(network, solver):
+    """They would see what another call has left in the buffers."""
+    table = solvers.table(solver, SCHEDULE, steps=8)
+    assert table.severed() is None
+    rest = replace(table, timesteps=table.timesteps[5:], rows=table.rows[5:], levels=table.levels[5:])
+    look = [name for name in ("c", "h0", "h1", "h2") if rest.column(name).any()]
+    sampler = make(network)
+    if rest.column("c")[0] or any(rest.column(name)[0] for name in look):
+        with pytest.raises(
+            ValueError, match=rf"^row 0 of the table looks back on a row before it that there is not; rows of {solver} go together"
+        ):
+            sampler(2, solver=rest)
+    elif not look:
+        assert torch.equal(sampler(2, solver=rest), (sampler(9), sampler(2, solver=rest))[1])
 
 
 def test_seeds_in_a_tensor():
