@@ -71,7 +71,7 @@ class Convolution(nn.Module):
     def pack(self) -> None:
         """Take up the network's weights."""
         source, shortcut, norms = self._sources
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # or nobody could write to it outside of that mode
             weight = source.weight.permute(0, 2, 3, 1)  # [C', 3, 3, C]
             if self.op == "conv_up":
                 weight = reference.up_weight(weight.float()).to(weight.dtype)

@@ -76,7 +76,7 @@ class Network:
         self.given, self.num_classes, self.compiler = model, num_classes, compiler
         self.weights: list[Tensor] = []
         self.stamp: tuple[tuple[int, int], ...] = ()  # of the weights, on a CPU
-        self.hooked: tuple[bool, bool]
+        self.hooked: tuple[Any, ...]
         self._build()
         self.refresh()
 
@@ -84,6 +84,7 @@ class Network:
         accelerated = rewrite.accelerated(self.given)
         model = self.given if accelerated else adopted(self.given, self.num_classes)
         self.model = model = cpu.faster(model) if cpu.known(model) and not accelerated else model
+        self.parts = [m for m in self.given.modules() if isinstance(m, (nn.Conv2d, nn.GroupNorm))]
         self.hooked = self._hooked()
         self.places = self._places()
         # An accelerated module is so as a whole, when it is called.
@@ -93,24 +94,29 @@ class Network:
         call: Any = model.body if self.hoisted else model
         self.call: Callable[..., Any] = self.compiler(call) if self.compiler else call
 
-    def refresh(self) -> None:
-        """Take up weights that have changed since: in place, or, on a CPU, where nothing is compiled, others in their stead."""
+    def refresh(self) -> bool:
+        """Take up weights that have changed since: in place, or, on a CPU, where nothing is compiled, others in their stead. Whether it runs in another
+        way since, so that bits of another shape may be others, too."""
         if isinstance(self.given, FusedUNet):
             self.given.pack()
         weights = self._weights()
         if not all(w.device.type == "cpu" for w in weights):
-            return
+            return False
         stamp, rehooked = native.stamp(weights), self._hooked() != self.hooked
         if stamp == self.stamp and not rehooked:
-            return
+            return False
         others = self.model is not self.given and list(map(id, weights)) != list(map(id, self.weights))
-        if self.weights and not self.compiler and (others or rehooked):
+        anew = bool(self.weights) and not self.compiler and (others or rehooked)
+        if anew:
             self._build()
         cpu.pack(self.model)
         self.weights, self.stamp = weights, stamp
+        return anew
 
-    def _hooked(self) -> tuple[bool, bool]:
-        return touched(self.given), in_parts(self.given)
+    def _hooked(self) -> tuple[Any, ...]:
+        """What it computes by, besides its weights, that may change from call to call: hooks, and convolutions that are made seamless, say."""
+        settings = [m.padding_mode if isinstance(m, nn.Conv2d) else m.eps for m in self.parts]
+        return touched(self.given), in_parts(self.given), settings
 
     def _weights(self) -> list[Tensor]:
         source = self.given.model if isinstance(self.given, FusedUNet) else self.given
@@ -173,8 +179,7 @@ class Engine:
         self.ready: set[bool] = set()  # what has been compiled on the CPU: steps with guidance, and without
 
     def load(self, table: Table) -> None:
-        """Take up a table: its values go into the buffers that a captured step reads."""
-        self.network.refresh()
+        """Take up a table: its values go into the buffers that a captured step reads. The network's weights are as it last took them up."""
         n, given = len(table), table
         if self.kind.guide or self.kind.threshold is not None:
             given = table.given_x0()

@@ -254,11 +254,6 @@ class Sampler:
 
     def _gives_same(self, rows: int) -> bool:
         """Whether a network call of so many rows gives the bits of one of the most, by trying: for another shape a library may sum in another order."""
-        if self._untold is not None and self._network is not None:
-            self._network.refresh()
-            if self._network.stamp != self._untold:
-                self._untold = None
-                self._same.clear()
         while (most := self._most()) not in self._same or (rows < most and rows not in self._same):
             x = noise.normal(0, range(most), 0, self.shape, stream="draw").to(self.dtype)
             labels = None if self.num_classes is None else torch.arange(most, device="cpu") % self.num_classes  # there may be no null class
@@ -319,8 +314,19 @@ class Sampler:
         kind = self._kind(self.table, guided, size, threshold=self.threshold)
         return self._build(kind, self.table, (guided,) * len(self.table), workers)
 
+    def _follow(self) -> None:
+        """Take up what has changed of the network since the last call."""
+        if self._network is None:
+            return
+        with BUILDING, torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            anew = self._network.refresh()
+        if anew or (self._untold is not None and self._network.stamp != self._untold):
+            self._untold = None
+            self._same.clear()
+
     def _with_room(self, work: Callable[[int], T], guided: bool, n: int | None, mixed: bool = False) -> T:
         """What `work` makes, given how many images a micro-batch has: half as many when memory runs out, and again, down to one."""
+        self._follow()
         while True:
             size = self.size(guided, n, mixed)
             try:

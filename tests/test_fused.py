@@ -220,6 +220,16 @@ def test_fp8_of_norms_that_begin_as_0():
     assert sampler(2, labels=1).isfinite().all()
 
 
+def test_weights_packed_in_inference_mode_are_followed_outside_of_it():
+    network = small_network()
+    with torch.inference_mode():
+        made = FusedUNet(network)
+    network.head.weight.mul_(1.5)
+    made.pack()
+    x = torch.ones(2, *SMALL.shape)
+    torch.testing.assert_close(made(x, torch.tensor([3, 4])), network(x, torch.tensor([3, 4])), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, "fp8"], ids=str)
 def test_modules_in_the_place_of_others_are_taken_up(dtype):
     network, other = small_network(0), small_network(1)

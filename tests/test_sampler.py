@@ -885,6 +885,26 @@ def test_what_is_put_upon_the_network_itself_is_heeded(channels, upon, monkeypat
             make(network, shape=(3, 16, 16), compile="fused")
 
 
+@pytest.mark.parametrize("change", ["hook", "padding", "eps"])
+def test_what_changes_how_a_network_runs_is_taken_up_between_two_calls(change, threads):
+    """Convolutions made seamless, norms, hooks; also for which shapes give the same bits."""
+    threads(1)
+    network = small_network(config=UNetConfig(channels=(64, 64), blocks=1, middle=1, num_classes=3))
+    sampler = make(network, shape=(3, 16, 16), micro_batch="auto")
+    before = sampler(1, labels=1)
+    for module in network.modules():
+        if change == "padding" and isinstance(module, nn.Conv2d):
+            module.padding_mode = "circular"
+        elif change == "eps" and isinstance(module, nn.GroupNorm):
+            module.eps = 0.1
+    if change == "hook":
+        network.head.register_forward_hook(lambda module, given, made: made * (0.5 + 2**-18 if len(made) < 32 else 0.5))
+    after = sampler(1, labels=1)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, make(network, shape=(3, 16, 16), micro_batch="auto")(1, labels=1))
+    assert torch.equal(after, sampler(260, labels=1)[:1])
+
+
 def test_a_network_that_begins_with_zeros_does_not_settle_which_shapes_give_the_same_bits(threads):
     """All that it says is 0, of any number of rows; once it has been trained, last bits may be others for few."""
     gain = nn.Parameter(torch.zeros(()), requires_grad=False)
