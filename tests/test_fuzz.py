@@ -1,5 +1,6 @@
 """The fuzzer's corpus, all of it, and a short, fixed run of the fuzzer itself: see fuzz.py."""
 
+import gc
 import os
 import re
 import subprocess
@@ -28,6 +29,20 @@ def test_corpus(target):
     assert None in results and any(results)
 
 
+def test_what_was_read_is_let_go_of():
+    """An error's frames hold what was read; in a cycle they wait for Python's collector, which counts objects, not bytes."""
+    files = [path.read_bytes() for path in sorted((fuzz.CORPUS / "image").iterdir())]
+    assert any(fuzz.run("image", content) for content in files)
+    gc.collect()
+    gc.disable()
+    try:
+        for content in files:
+            fuzz.run("image", content)
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
@@ -44,6 +59,21 @@ def test_what_it_calls_a_finding(monkeypatch, wrong, text):
     monkeypatch.setattr(fuzz, "peak", lambda: next(peaks))
     with pytest.raises((fuzz.FindingError, ZeroDivisionError), match=text):
         fuzz.run("checkpoint", b"")
+
+
+def test_coverage_costs_no_memory():
+    """atheris keeps what some traced comparisons give; see fuzz.UNWATCHED."""
+    pytest.importorskip("atheris")
+    code = (
+        "import io, fuzz; from PIL import Image; out = io.BytesIO(); Image.effect_noise((1024, 1024), 50).save(out, 'PNG')\n"
+        "def now(): return int(open('/proc/self/statm').read().split()[1]) * 4096 >> 20\n"
+        "fuzz.watch(); first = [fuzz.run('image', out.getvalue()) for _ in range(4)]; before = now()\n"
+        "for _ in range(40): fuzz.run('image', out.getvalue())\n"
+        "print(first[0], now() - before < 60, now() - before)"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(fuzz.__file__).parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout.startswith("None True"), done.stdout + done.stderr
 
 
 def test_a_short_run(tmp_path):
