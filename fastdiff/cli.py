@@ -99,6 +99,9 @@ def _deaf() -> None:
 
 def run(main: Callable[[], int], prog: str) -> NoReturn:
     """Run a command: bad input and failing disks are one line on stderr and exit code 2, Ctrl-C and SIGTERM are 130. Warnings are one line, too."""
+    for name in ("stdout", "stderr"):  # of which a daemon, or a shell with >&-, may have given none
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     heeds = threading.current_thread() is threading.main_thread()
     warnings.formatwarning = lambda message, *_, **__: f"{prog}: {' '.join(str(message).split())}\n"
     try:

@@ -222,15 +222,15 @@ def once(args: argparse.Namespace, checkpoint: Checkpoint, sampler: Sampler, kin
         arrays |= {"labels": labels.astype(np.int64), "classes": np.array(checkpoint.classes)}
     with atomic_write(out / "samples.npz") as f:
         np.savez_compressed(f, **arrays)
-    draw_grid(out, pixels, labels, len(checkpoint.classes))
+    grid = draw_grid(out, pixels, labels, len(checkpoint.classes))
     seconds = sampled - compiled
     report = {
-        "samples": str(out / "samples.npz"), "grid": str(out / "grid.png"), "images": args.batch,
+        "samples": str(out / "samples.npz"), "grid": grid, "images": args.batch,
         **settings(args, sampler, guidance),
         "load_s": round(loaded - began, 3), "compile_s": round(compiled - loaded, 3), "sample_s": round(seconds, 3),
         "images_per_s": round(args.batch / seconds, 1),
     }  # fmt: skip
-    say(report, args.json, f"{args.batch} images in {report['samples']}, a look at them in {report['grid']}")
+    say(report, args.json, f"{args.batch} images in {report['samples']}{f', a look at them in {grid}' if grid else ''}")
     return 0
 
 
@@ -274,15 +274,15 @@ def share(
             return
         out = Path(args.out)
         pixels = first_images(out, run.manifest, GRID_COLUMNS * max(min(len(kinds), GRID_CLASSES), 10))
-        draw_grid(out, pixels, plan.labels(plan.first + np.arange(len(pixels))), len(checkpoint.classes))
+        grid = draw_grid(out, pixels, plan.labels(plan.first + np.arange(len(pixels))), len(checkpoint.classes))
     report = {
-        "event": "done", "run": str(out), "manifest": str(out / runs.MANIFEST), "grid": str(out / "grid.png"), "images": args.batch,
+        "event": "done", "run": str(out), "manifest": str(out / runs.MANIFEST), "grid": grid, "images": args.batch,
         "shards": plan.count, "made": len(run.todo), "processes": group.world, **settings(args, sampler, guidance),
         "load_s": round(loaded - began, 3), "compile_s": round(compiled - loaded, 3), "sample_s": round(seconds, 3),
         "images_per_s": round(to_make / seconds, 1),
     }  # fmt: skip
     there = f", {plan.count - len(run.todo) or 'none'} of them there already" * (len(run.todo) < plan.count)
-    say(report, args.json, f"{args.batch} images in {plan.count} shards in {out}{there}; a look at them in {report['grid']}")
+    say(report, args.json, f"{args.batch} images in {plan.count} shards in {out}{there}{f'; a look at them in {grid}' if grid else ''}")
 
 
 def configuration(
@@ -348,10 +348,13 @@ def settings(args: argparse.Namespace, sampler: Sampler, guidance: float) -> dic
     }  # fmt: skip
 
 
-def draw_grid(out: Path, pixels: np.ndarray, labels: np.ndarray | None, kinds: int) -> None:
-    """grid.png, of images uint8 [n, H, W, C] with labels [n]; see `picture`."""
+def draw_grid(out: Path, pixels: np.ndarray, labels: np.ndarray | None, kinds: int) -> str | None:
+    """The path of grid.png, of images uint8 [n, H, W, C] with labels [n]; see `picture`. None, and no such file, where C makes no colours."""
+    if pixels.shape[3] not in (1, 3, 4):
+        return None
     with atomic_write(out / runs.GRID) as f:
         data.grid(picture(pixels, labels, kinds), GRID_COLUMNS, scale=3).save(f, format="PNG")
+    return str(out / runs.GRID)
 
 
 def say(report: dict[str, Any], as_json: bool, headline: str) -> None:

@@ -234,6 +234,41 @@ def test_bad_input_for_real_has_no_traceback(tmp_path):
     assert "no checkpoint 'nowhere'" in done.stderr
 
 
+@pytest.mark.parametrize("flags", [(), ("--shard-size", "2"), ("--shard-size", "2", "--json", "--log-level", "info")])
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-"])
+def test_without_a_place_to_say_anything_it_does_what_it_says(net, tmp_path, flags, closed):
+    words = [sys.executable, "-m", "fastdiff.sample", "--device", "cpu", "--checkpoint", net, "--batch", "3", "--steps", "1", *flags]
+    done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *words], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and (tmp_path / "samples" / "grid.png").exists()
+
+
+def test_images_of_channels_that_are_no_colours_have_no_picture(tmp_path, capsys):
+    config = fastdiff.UNetConfig(shape=(2, 4, 4), patch=1, channels=(8,), middle=0, embedding=8, group=4)
+    fastdiff.Checkpoint(small_network(config=config), fastdiff.Schedule.linear(20)).save(tmp_path / "net.safetensors")
+    flags = [
+        "--device",
+        "cpu",
+        "--checkpoint",
+        str(tmp_path / "net.safetensors"),
+        "--batch",
+        "3",
+        "--steps",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert sample.main(flags) == 0 and capsys.readouterr().out.startswith(f"3 images in {tmp_path / 'out' / 'samples.npz'}\n")
+    assert sample.main([*flags, "--shard-size", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["grid"] is None
+    assert arrays(tmp_path / "out")["images"].shape == (3, 4, 4, 2)
+    assert {p.name for p in (tmp_path / "out").iterdir()} - {".lock"} == {
+        "samples.npz",
+        "manifest.json",
+        "shard-000000.npz",
+        "shard-000001.npz",
+    }
+
+
 def test_disk_full_keeps_the_old_files(net, tmp_path):
     flags = ("--checkpoint", net, "--batch", "64", "--steps", "1")
     assert command(*flags, cwd=tmp_path).returncode == 0
