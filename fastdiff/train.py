@@ -45,6 +45,7 @@ PARTS = r"(?:state|checkpoint)\.safetensors|loss\.png|samples-\d+\.png"  # what 
 # Several processes ask each other whether one of them was told to stop, which each waits for the slowest to answer: so often that torchrun, which
 # kills 30 s after its SIGTERM, leaves time to save, and after so many steps at most.
 ASK_S, ASK_STEPS = 2.0, 100
+MAX_POINTS = 1 << 14  # of a loss curve: a state has two, and is read with at most 2^18 values of JSON, of which a point has three
 ALONE = Group()
 # What settings may be, whether typed or read from a state: whole numbers from, to; names; the other numbers are from 0 to 1.
 WHOLE = {
@@ -440,7 +441,7 @@ def _go_on(
         if not group.first:
             return
         if len(test) and (not run.held_out or run.held_out[-1][0] != run.step):
-            run.held_out.append((run.step, round(held_out_loss(run, test, device), 6)))
+            add_point(run.held_out, run.step, held_out_loss(run, test, device))
         loss_curve(run, out / "loss.png")
         run.checkpoint(record).save(out / CHECKPOINT)
         run.save(out / STATE, digest, group.names)
@@ -494,7 +495,7 @@ def _go_on(
                 check_loss()
                 mean = float(torch.stack(run.losses).mean())
                 run.losses.clear()
-                run.history.append((run.step, round(mean, 6)))
+                add_point(run.history, run.step, mean)
                 progress.note(f"loss {mean:.4f}, {settings.batch * progress.rate():.0f} images/s", loss=round(mean, 6))
                 log.debug("step %d: loss %.6f", run.step, mean)
             last = run.step == settings.steps
@@ -516,6 +517,13 @@ def ours(path: Path, group: Group) -> bool:
         return group.restarted(read_state(path)[1].get("processes"))
     except CheckpointError:
         return False
+
+
+def add_point(curve: list[tuple[int, float]], step: int, loss: float) -> None:
+    """At the end of a loss curve, which keeps every other point where they have become MAX_POINTS."""
+    curve.append((step, round(loss, 6)))
+    if len(curve) >= MAX_POINTS:
+        del curve[-2::-2]
 
 
 def steps_to_ask(steps: int, seconds: float) -> int:

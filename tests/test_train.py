@@ -22,11 +22,12 @@ from safetensors.torch import load_file
 
 import fastdiff
 from fastdiff import CheckpointError
+from fastdiff import train as train_module
 from fastdiff.checkpoint import read_tensors, write_tensors
 from fastdiff.data import Dataset
 from fastdiff.distributed import Group
 from fastdiff.runs import RunError, own_folder
-from fastdiff.train import CHECKPOINT, STATE, Pool, Run, Settings, learning_rate, main, train
+from fastdiff.train import CHECKPOINT, STATE, Pool, Run, Settings, add_point, learning_rate, main, read_state, train
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = Settings(steps=24, batch=8, channels=(16, 16), blocks=1, middle=0, timesteps=50, warmup=4)
@@ -69,6 +70,26 @@ def test_writes_what_it_says(unbroken):
 def test_same_settings_same_weights(unbroken, tmp_path):
     run(tmp_path)
     assert_same_files(unbroken, tmp_path)
+
+
+def test_a_long_training_can_be_resumed(tmp_path, monkeypatch):
+    """Its loss curves would grow past what is read of a file: after 4 million steps nothing could go on."""
+    dataset, settings = small_dataset(), dataclasses.replace(SETTINGS, steps=1 << 38)
+    long = Run.new(settings, dataset, torch.device("cpu"))
+    for i in range(1, 100_001):
+        add_point(long.history, 50 * i, 0.25)
+        add_point(long.held_out, 50 * i, 0.25)
+    long.step = 50 * i
+    long.save(tmp_path / STATE, dataset.digest())
+    long.checkpoint({}).save(tmp_path / CHECKPOINT)
+    kept = read_state(tmp_path / STATE)[1]["history"]
+    assert train_module.MAX_POINTS // 2 <= len(kept) < train_module.MAX_POINTS and kept[-1] == [long.step, 0.25]
+    assert len(fastdiff.load(tmp_path / CHECKPOINT).record["held_out_loss"]) == len(kept)
+
+    monkeypatch.setattr(train_module, "MAX_POINTS", 4)
+    run(tmp_path / "thinned")
+    record = fastdiff.load(tmp_path / "thinned" / CHECKPOINT).record
+    assert [step for step, _ in record["loss"]] == [10, 20] and [step for step, _ in record["held_out_loss"]] == [12, 24]
 
 
 def test_learns_what_the_classes_look_like(tmp_path):
