@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from . import cli, data, ops
-from .checkpoint import Checkpoint, CheckpointError, read_tensors, write_tensors
+from .checkpoint import MAX_FILE, MAX_HEADER, Checkpoint, CheckpointError, read_tensors, write_tensors
 from .devices import pick_device
 from .distributed import Group, join, lost, one_voice, own_device
 from .files import atomic_write, remove_parts
@@ -206,7 +206,7 @@ class Run:
 
 
 def layout(settings: Settings, dataset: data.Dataset) -> tuple[UNetConfig, Schedule]:
-    """The network and the schedule of a run. ValueError where these settings and data make none."""
+    """The network and the schedule of a run. ValueError where these settings and data make none, or one whose state could not be read again."""
     config = UNetConfig(
         dataset.shape,
         settings.patch,
@@ -215,6 +215,13 @@ def layout(settings: Settings, dataset: data.Dataset) -> tuple[UNetConfig, Sched
         settings.middle,
         num_classes=len(dataset.classes) or None,
     )
+    with torch.device("meta"):
+        count = sum(p.numel() for p in UNet(config).parameters())
+    most = (MAX_FILE - MAX_HEADER) // 16  # with averages and two moments, in fp32
+    if count > most:
+        raise ValueError(
+            f"a network of {count} parameters, of whose state --resume reads {most} at most; give fewer --channels or --blocks"
+        )
     return config, Schedule.from_config({"name": settings.schedule, "timesteps": settings.timesteps})
 
 

@@ -27,7 +27,7 @@ from fastdiff.checkpoint import read_tensors, write_tensors
 from fastdiff.data import Dataset
 from fastdiff.distributed import Group
 from fastdiff.runs import RunError, own_folder
-from fastdiff.train import CHECKPOINT, STATE, Pool, Run, Settings, add_point, learning_rate, main, read_state, train
+from fastdiff.train import CHECKPOINT, STATE, Pool, Run, Settings, add_point, layout, learning_rate, main, read_state, train
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = Settings(steps=24, batch=8, channels=(16, 16), blocks=1, middle=0, timesteps=50, warmup=4)
@@ -90,6 +90,13 @@ def test_a_long_training_can_be_resumed(tmp_path, monkeypatch):
     run(tmp_path / "thinned")
     record = fastdiff.load(tmp_path / "thinned" / CHECKPOINT).record
     assert [step for step, _ in record["loss"]] == [10, 20] and [step for step, _ in record["held_out_loss"]] == [12, 24]
+
+
+def test_a_network_whose_state_could_not_be_read_again_is_refused_at_once():
+    with pytest.raises(
+        ValueError, match=r"^a network of \d+ parameters, of whose state --resume reads 267386880 at most; give fewer --channels"
+    ):
+        layout(dataclasses.replace(SETTINGS, channels=(4096,)), small_dataset())
 
 
 def test_learns_what_the_classes_look_like(tmp_path):
