@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
@@ -23,7 +24,8 @@ ALIKE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 
 @dataclass(frozen=True)
 class Job:
-    """compiled: also those whose network is compiled for this case alone, which takes 15 to 60 s each."""
+    """compiled: also those whose network is compiled for this case alone, which takes 15 to 60 s each. dtype: bf16 on CUDA, else fp32, unless it is
+    said."""
 
     device: str
     batch: int
@@ -32,10 +34,12 @@ class Job:
     network: str = "sprites"
     guidance: float = 1.0
     compiled: bool = False
+    dtype: str = ""
 
     def __str__(self) -> str:
         words = [self.device, self.batch, self.solver, self.steps]
         words += [self.network] * (self.network != "sprites") + ["guided"] * (self.guidance != 1) + ["compiled"] * self.compiled
+        words += [self.dtype] * bool(self.dtype)
         return "-".join(map(str, words))
 
 
@@ -52,6 +56,9 @@ JOBS = [
     Job("cpu", 64, "dpmpp_2m", steps=2),
     Job("cpu", 64, steps=2, guidance=2.0),
     Job("cpu", 64, steps=2, network="UNet2DModel"),
+    Job("cpu", 64, steps=5, dtype="bfloat16"),
+    Job("cpu", 1, dtype="bfloat16"),
+    Job("cpu", 1024, steps=1, dtype="bfloat16"),
     Job("cpu", 64, steps=5, compiled=True),
     Job("cpu", 64, steps=5, network="UNet2DModel", compiled=True),
     Job("cuda", 64, steps=50),
@@ -71,18 +78,22 @@ JOBS = [
 
 def longest(job: Job) -> int:
     """Steps of the longest job that a sampler shares with this one: its own table has as many, and a call says how many it takes."""
-    return max(other.steps for other in JOBS if (other.device, other.network, other.solver) == (job.device, job.network, job.solver))
+    return max(
+        other.steps
+        for other in JOBS
+        if (other.device, other.network, other.solver, other.dtype) == (job.device, job.network, job.solver, job.dtype)
+    )
 
 
 @pytest.fixture(scope="module")
 def tasks() -> Callable[[Job], tuple[str, Task]]:
     """Where the weights are from, and the task of a job; the network is on the device once."""
-    models: dict[tuple[str, str], tuple[str, Task]] = {}
+    models: dict[tuple[str, str, str], tuple[str, Task]] = {}
 
     def of(job: Job) -> tuple[str, Task]:
-        key = job.device, job.network
+        key = job.device, job.network, job.dtype
         if key not in models:
-            dtype = torch.bfloat16 if job.device == "cuda" else torch.float32
+            dtype = getattr(torch, job.dtype or ("bfloat16" if job.device == "cuda" else "float32"))
             if job.network == "sprites":
                 source, ckpt = peers.weights()
                 models[key] = (
@@ -112,7 +123,7 @@ def contenders(
 
     def own(name: str, compile: bool, micro_batch: int | str = "auto") -> Callable[[], Peer]:
         def make() -> Peer:
-            key = job.device, job.network, job.solver, job.guidance, compile, micro_batch
+            key = job.device, job.network, job.solver, job.guidance, job.dtype, compile, micro_batch
             if key not in samplers:
                 samplers[key] = peers.ours(replace(task, steps=longest(job)), compile, micro_batch, name)
             return samplers[key]
@@ -127,6 +138,10 @@ def contenders(
         found["ours"] = own("fastdiff", cuda or job.compiled)
     if job.compiled and not cuda:
         found["fastdiff_eager"] = own("fastdiff, not compiled", False)
+    if job.dtype:
+        found["fastdiff_float32"] = lambda: peers.ours(
+            replace(task, model=copy.deepcopy(task.model).float(), steps=longest(job)), False, name="fastdiff, float32"
+        )
     if cuda and job.batch < 1024:
         found["fastdiff_own_batch"] = own("fastdiff, a micro-batch of just so many, not compiled", False, job.batch)
         if job.compiled:

@@ -6,7 +6,7 @@ F(4 x 4, 3 x 3)), and a residual block's norms, convolutions and sum in one call
 where x is 6 x 6 pixels for 4 x 4 of y, and the product in the middle is one of channels for each of 36 places: 36 matrix products, of all tiles of
 all images. In C (`native`) that is twice as fast as the direct convolution (benchmarks/bench_cpu.py), of any size that 4 divides, and an
 image's bits do not depend on what other images there are. Without a C compiler all are matrix products of PyTorch's, which pay on images of 4 x 4
-pixels alone.
+pixels alone. Where a processor has tiles for bf16, and bf16 is asked for, convolutions are direct, and faster yet (docs/network.md).
 """
 
 from __future__ import annotations
@@ -118,6 +118,46 @@ class StridedConv2d(nn.Module):
         return native.conv3x3(x, self.packed, self.direct.bias, 2)
 
 
+class TiledConv2d(nn.Module):
+    """A 3 x 3 convolution of every pixel, or every second, with one of zeros around, of the given one's parameters, by a processor's tiles (AMX): what
+    is multiplied is bf16, sums are fp32. Channels are filled up with zeros; the bits of an image do not depend on how many there are. What it computes
+    from the weights is as they were at the last `pack`."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.direct = convolution
+        self.wanting = -convolution.in_channels % native.DEEP, -convolution.out_channels % native.WIDE
+        self.register_buffer("packed", None, persistent=False)
+        self.block: native.Block
+        self.bias: Tensor | None
+        self.packed: Tensor
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        return _plain3x3(module) and module.stride in ((1, 1), (2, 2)) and native.has_tiles()
+
+    def pack(self) -> None:
+        """Take up the weights."""
+        comes, goes = self.wanting
+        self.bias = None if self.direct.bias is None else F.pad(self.direct.bias.detach(), (0, goes))
+        self.packed = reference.tiled_weight(F.pad(self.direct.weight.detach(), (0, 0, 0, 0, 0, comes, 0, goes)))
+        self.block = native.Block([self.layer()], alone=True)
+
+    def layer(self, norm: nn.GroupNorm | None = None) -> native.Layer:
+        """The convolution after a norm, as C runs it."""
+        return native.Layer(None if norm is None else _norm(norm), self.packed, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        comes, goes = self.wanting
+        if _plainly() or x.ndim != 4 or not native.covers(x):
+            made: Tensor = self.direct(x)
+            return made
+        made = self.block(F.pad(x, (0, 0, 0, 0, 0, comes)) if comes else x)
+        made = made[:, : self.direct.out_channels] if goes else made
+        step = self.direct.stride[0]
+        return made if step == 1 else made[:, :, ::step, ::step].contiguous(memory_format=torch.channels_last)
+
+
 class PairedConv2d(nn.Conv2d):
     """A convolution of the library's that gives a single image the bits that it has among others: two of it are what the library is given. For one it
     sums in another order."""
@@ -141,9 +181,13 @@ def _plain3x3(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
     )
 
 
-def _aligned(convolution: nn.Conv2d) -> bool:
+def _aligned(convolution: nn.Module, tiled: bool) -> bool:
     """Whether C does it with no channels filled up."""
-    return convolution.in_channels % native.LANES == convolution.out_channels % native.WIDE == 0 and native.available()
+    kind, unit = (TiledConv2d, native.DEEP) if tiled else (WinogradConv2d, native.LANES)
+    if not kind.fits(convolution) or not native.available():  # type: ignore[attr-defined]
+        return False
+    assert isinstance(convolution, nn.Conv2d)
+    return convolution.in_channels % unit == convolution.out_channels % native.WIDE == 0
 
 
 def _norm(norm: nn.GroupNorm) -> native.Norm:
@@ -171,18 +215,18 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor, style: Tensor | None = None) -> Ten
 class FusedResBlock(nn.Module):
     """A residual block, `unet.ResBlock` or `unet2d.Resnet`, in one call into C: norms, convolutions and what is added, of an image in the cache."""
 
-    def __init__(self, block: unet.ResBlock | unet2d.Resnet) -> None:
+    def __init__(self, block: unet.ResBlock | unet2d.Resnet, tiled: bool = False) -> None:
         super().__init__()
-        self.block = block
+        self.block, self.tiled = block, tiled
         self.native: native.Block
         if isinstance(block, unet2d.Resnet):
             self.time_emb_proj = block.time_emb_proj  # which makes the style
 
     @staticmethod
-    def fits(module: Any) -> bool:
+    def fits(module: Any, tiled: bool = False) -> bool:
         return (
             type(module) in (unet.ResBlock, unet2d.Resnet)
-            and all(WinogradConv2d.fits(conv) and _aligned(conv) for conv in (module.conv1, module.conv2))
+            and all(_aligned(conv, tiled) for conv in (module.conv1, module.conv2))
             and module.norm1.weight.dtype == module.norm2.weight.dtype == torch.float32
         )
 
@@ -196,12 +240,13 @@ class FusedResBlock(nn.Module):
             shortcut, factor, added = block.skip if isinstance(block.skip, nn.Conv2d) else None, 1.0, False
         skip = None
         if shortcut is not None:
-            skip = reference.panels(shortcut.weight.detach()[:, :, 0, 0].t().float())
+            matrix = shortcut.weight.detach()[:, :, 0, 0].t().float()
+            skip = reference.tiles(matrix) if self.tiled else reference.panels(matrix)
             layers[1] = layers[1]._replace(bias=layers[1].bias + shortcut.bias)
         self.native = native.Block(layers, skip=skip, times=1 / factor, added=added)
 
     def forward(self, x: Tensor, style: Tensor, beside: Tensor | None = None) -> Tensor:
-        if _plainly() or not _tiled(x) or not native.covers(x):
+        if _plainly() or not native.covers(x) or not self.native.takes(x):
             made: Tensor = self.block(x, style, beside)
             return made
         return self.native(x, beside, style)
@@ -218,25 +263,25 @@ def known(model: nn.Module) -> bool:
     )
 
 
-def faster(model: nn.Module) -> nn.Module:
+def faster(model: nn.Module, tiled: bool = False) -> nn.Module:
     """The model, in eval mode, with its fitting convolutions replaced, and the norms and blocks of fastdiff's own networks; its parameters and buffers
-    are the given one's own. The model itself where there is nothing to replace."""
-    if not any(WinogradConv2d.fits(module) for module in model.modules()):
+    are the given one's own. The model itself where there is nothing to replace. tiled: by `TiledConv2d`, whose factors are bf16."""
+    kinds: tuple[Any, ...] = (TiledConv2d,) if tiled else (WinogradConv2d, StridedConv2d)
+    if not any(kinds[0].fits(module) for module in model.modules()):
         return model
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, shared)  # type: ignore[arg-type]
     replaced: dict[nn.Module | None, nn.Module] = {}  # a module may stand in several places
     for parent in list(twin.modules()):
         for name, child in list(parent._modules.items()):
-            if child in replaced:
+            if child is None or child in replaced:
                 pass
-            elif WinogradConv2d.fits(child):
-                child.__class__ = PairedConv2d
-                replaced[child] = WinogradConv2d(child)  # type: ignore[arg-type]
-            elif StridedConv2d.fits(child):
-                replaced[child] = StridedConv2d(child)  # type: ignore[arg-type]
-            elif FusedResBlock.fits(child):
-                replaced[child] = FusedResBlock(child)  # type: ignore[arg-type]
+            elif replace := next((kind for kind in kinds if kind.fits(child)), None):
+                if replace is not StridedConv2d:
+                    child.__class__ = PairedConv2d
+                replaced[child] = replace(child)
+            elif FusedResBlock.fits(child, tiled):
+                replaced[child] = FusedResBlock(child, tiled)  # type: ignore[arg-type]
             elif type(child) is nn.Conv2d and child.kernel_size != (1, 1):
                 child.__class__ = PairedConv2d
             if child in replaced:
@@ -257,7 +302,7 @@ def shared(model: nn.Module) -> bool:
 def pack(model: nn.Module) -> None:
     """Let every replaced convolution and block of a model take up its weights."""
     modules = [*model.modules()]
-    for kinds in ((WinogradConv2d, StridedConv2d), (FusedResBlock,)):  # what a block has before itself
+    for kinds in ((WinogradConv2d, StridedConv2d, TiledConv2d), (FusedResBlock,)):  # what a block has before itself
         for module in modules:
             if isinstance(module, kinds):
                 module.pack()  # type: ignore[operator]

@@ -1113,9 +1113,10 @@ class _Owned:
         if settings.micro_batch != "auto":
             return int(settings.micro_batch)
         threads = torch.get_num_threads() if device.type == "cpu" else 1
-        in_c = settings.compile in ("auto", False) and settings.dtype in (None, unet.dtype) and not rewrite.accelerated(unet)
-        if device.type == "cpu" and in_c and cpu.shared(unet):
-            return math.ceil(n / math.ceil(n / by_cost(n, AUTO_ROWS["cpu"], threads, True)[0]))
+        tiled = (settings.dtype or unet.dtype) == torch.bfloat16 and native.has_tiles()
+        in_c = settings.compile in ("auto", False) and (tiled or settings.dtype in (None, unet.dtype)) and not rewrite.accelerated(unet)
+        if device.type == "cpu" and in_c and (tiled or cpu.shared(unet)):
+            return math.ceil(n / math.ceil(n / by_cost(n, AUTO_ROWS["cpu"], threads, not tiled, tiled)[0]))
         if n < threads and not asked and settings == Settings():  # only PyTorch's own loop lets cores share an image
             return None
         return min(math.ceil(n / threads), AUTO_ROWS[device.type])

@@ -70,10 +70,12 @@ class Kind(NamedTuple):
 
 class Network:
     """A model as the loop calls it. Where it says that it is `hoisted`, it is `body(x, condition(t, labels))`, and the latter is a table made once for
-    all rows; where it says that it is `indexed`, `body(x, conditions, which)` looks the table up itself."""
+    all rows; where it says that it is `indexed`, `body(x, conditions, which)` looks the table up itself. tiled: as of `cpu.faster`."""
 
-    def __init__(self, model: nn.Module, num_classes: int | None, compiler: Callable[[Any], Callable[..., Any]] | None) -> None:
-        self.given, self.num_classes, self.compiler = model, num_classes, compiler
+    def __init__(
+        self, model: nn.Module, num_classes: int | None, compiler: Callable[[Any], Callable[..., Any]] | None, tiled: bool = False
+    ) -> None:
+        self.given, self.num_classes, self.compiler, self.tiled = model, num_classes, compiler, tiled
         self.weights: list[Tensor] = []
         self.stamp: tuple[tuple[int, int], ...] = ()  # of the weights, on a CPU
         self.hooked: tuple[Any, ...]
@@ -83,7 +85,7 @@ class Network:
     def _build(self) -> None:
         accelerated = rewrite.accelerated(self.given)
         model = self.given if accelerated else adopted(self.given, self.num_classes)
-        self.model = model = cpu.faster(model) if cpu.known(model) and not accelerated else model
+        self.model = model = cpu.faster(model, self.tiled) if cpu.known(model) and not accelerated else model
         self.parts = [m for m in self.given.modules() if isinstance(m, (nn.Conv2d, nn.GroupNorm))]
         self.hooked = self._hooked()
         self.places = self._places()

@@ -36,10 +36,14 @@ LIBRARIES = ("-lm",)
 TOGETHER = "-fopenmp"
 # Channels come in vectors of at most so many, and those of a convolution's result in panels.
 LANES, WIDE = 16, reference.WIDE
+# Factors of a product come in bf16 so many at a time, and in tiles of such a shape: see `reference.tiles`.
+DEEP, TILES_OF = 32, (2, 16, 16, 2)
 # More cores than a call has vectors of channels to share would only wait for one another.
 MOST_CORES = 8
 # Rows that a product in C makes at a time, at most.
 MOST_ROWS = 14
+# Images in bf16 at a time: rows of a matrix that with its sums fits into a core's cache.
+ROWS = 1296
 # Tiles of 4 x 4 pixels at a time, or as many as there are channels, if those are more: what is transformed is then as large as the weights are, and
 # neither has the other read from memory time and again.
 TILES = 64
@@ -125,12 +129,23 @@ def _library() -> ctypes.CDLL | None:
         "solver_step": [*[pointer] * 6, number, *[pointer] * 5, number, number, *[ctypes.c_int] * 3],
         "group_norm_silu": [pointer, pointer, ctypes.POINTER(_Norm), pointer, number, pointer, *[number] * 3, pointer],
         "stamps": [*[pointer] * 3, number],
+        "tiles": [],
         "conv3x3": [*[pointer] * 4, *[number] * 6, ctypes.c_int, pointer],
         "block": [ctypes.POINTER(_Block), pointer, pointer, number, pointer, number, pointer, *[number] * 4, ctypes.c_int, pointer],
     }.items():
         function = getattr(library, f"fastdiff_{name}")
-        function.argtypes, function.restype = arguments, ctypes.c_int if name == "solver_step" else None
+        function.argtypes, function.restype = arguments, ctypes.c_int if name in ("solver_step", "tiles") else None
+    if library.fastdiff_tiles():
+        *others, _, scratch = library.fastdiff_block.argtypes
+        library.fastdiff_block_tiles.argtypes, library.fastdiff_block_tiles.restype = [*others, scratch], None
     return library
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether the processor multiplies matrices of bf16 by tiles (AMX), and the system lets it."""
+    library = _library()
+    return library is not None and bool(library.fastdiff_tiles())
 
 
 def _kept(compiler: list[str]) -> ctypes.CDLL:
@@ -230,18 +245,22 @@ class Norm(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A 3 x 3 convolution of what norm makes of the images. weight: `reference.winograd_weight`; bias: [C'] or None."""
+    """A 3 x 3 convolution of what norm makes of the images. weight: `reference.winograd_weight`, or `reference.tiled_weight`; bias: [C'] or None."""
 
     norm: Norm | None
     weight: Tensor
     bias: Tensor | None
 
     def checked(self) -> Layer:
-        places, panels, c_in, wide = self.weight.shape
-        assert (places, wide) == (36, WIDE) and self.weight.dtype == torch.float32, (
-            "the weight must be as reference.winograd_weight makes it"
-        )
-        assert self.bias is None or self.bias.shape == (panels * WIDE,), "the bias must be [C']"
+        if self.tiled:
+            deep = self.weight.shape[1]
+            assert self.weight.shape[2:] == TILES_OF and deep % 9 == 0, "the weight must be as reference.tiled_weight makes it"
+        else:
+            assert self.weight.shape[::3] == (36, WIDE) and self.weight.dtype == torch.float32, (
+                "the weight must be as reference.winograd_weight makes it"
+            )
+        c_in, c_out = self.channels
+        assert self.bias is None or self.bias.shape == (c_out,), "the bias must be [C']"
         norm, bias = None if self.norm is None else self.norm.checked(c_in), None if self.bias is None else _dense(self.bias)
         return Layer(norm, self.weight.detach().contiguous(), bias)
 
@@ -250,7 +269,13 @@ class Layer(NamedTuple):
         return _Layer(norm, self.weight.data_ptr(), None if self.bias is None else self.bias.data_ptr(), *self.channels)
 
     @property
+    def tiled(self) -> bool:
+        return self.weight.dtype == torch.bfloat16
+
+    @property
     def channels(self) -> tuple[int, int]:
+        if self.tiled:
+            return self.weight.shape[1] // 9 * DEEP, self.weight.shape[0] * WIDE
         return self.weight.shape[2], self.weight.shape[1] * WIDE
 
 
@@ -260,7 +285,7 @@ def _dense(x: Tensor) -> Tensor:
 
 def covers(x: Tensor, *channels: int) -> bool:
     """Whether the kernels take images such as x, fp32 on the CPU, of so many channels."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not any(c % LANES for c in channels) and available()
+    return x.is_cpu and x.dtype == torch.float32 and not (channels and any(c % LANES for c in channels)) and available()
 
 
 def noise_words(seeds: Tensor, ids: Tensor, counter: Tensor, quads: int) -> Tensor:
@@ -352,7 +377,8 @@ def _told(style: Tensor | None) -> tuple[int | None, int]:
 
 class Block:
     """times (x' + layers(x)) of one or two layers, each after the other. x': x by default; with `skip` [C, C'] in `reference.panels`, x skip; with
-    `alone` nothing.
+    `alone` nothing. Where the layers' weights are tiles, and the skip is, what is multiplied is bf16, and all else fp32, and a call keeps to one
+    core: with two that share their tiles it took as long.
 
     A call's style [N, 2 C] is scale and shift of the last layer's norm, or, with `added`, [N, C] that is added to what this norm is of.
     """
@@ -362,7 +388,10 @@ class Block:
     ) -> None:
         self.layers, self.added = [layer.checked() for layer in layers], added
         first, last = (self.layers[i].channels for i in (0, -1))
+        self.tiled = self.layers[0].tiled
         assert 1 <= len(self.layers) <= 2 and not first[0] % LANES
+        assert self.layers[-1].tiled == self.tiled, "the weights of both layers must be tiles, or of neither"
+        assert not self.tiled or has_tiles(), "there are no tiles"
         if len(self.layers) == 2:
             assert self.layers[1].norm is not None and first[1] == last[0], (
                 "the second layer must have a norm, and take the first one's channels"
@@ -370,9 +399,9 @@ class Block:
         self.c_in, self.c_out, self.widest = first[0], last[1], max(*first, *last)
         self.skip = None if skip is None else skip.detach().contiguous()
         if self.skip is not None:
-            assert self.skip.shape == (last[1] // WIDE, first[0], WIDE) and self.skip.dtype == torch.float32 and not alone, (
-                "skip must be panels of [C, C']"
-            )
+            shape = (first[0] // DEEP, *TILES_OF) if self.tiled else (first[0], WIDE)
+            kind = torch.bfloat16 if self.tiled else torch.float32
+            assert self.skip.shape == (last[1] // WIDE, *shape) and self.skip.dtype == kind and not alone, "skip must be panels of [C, C']"
         else:
             assert alone or first[0] == last[1], "without a skip, what comes in must have as many channels as the result"
         styled = self.layers[-1]
@@ -381,11 +410,11 @@ class Block:
         self.told = _Block(layouts, len(self.layers), None if self.skip is None else self.skip.data_ptr(), times, alone, added)
 
     def takes(self, x: Tensor) -> bool:
-        return covers(x) and x.shape[2] % 4 == x.shape[3] % 4 == 0
+        return covers(x) and (self.tiled or x.shape[2] % 4 == x.shape[3] % 4 == 0)
 
     def __call__(self, x: Tensor, beside: Tensor | None = None, style: Tensor | None = None) -> Tensor:
-        """x: fp32 [N, C, H, W] on the CPU, H and W multiples of 4, and beside, or None, whose channels are taken after those of x. Returns fp32
-        [N, C', H, W], channels-last."""
+        """x: fp32 [N, C, H, W] on the CPU, without tiles H and W multiples of 4, and beside, or None, whose channels are taken after those of x.
+        Returns fp32 [N, C', H, W], channels-last."""
         library = _library()
         n, c, h, w = x.shape
         assert library is not None and self.takes(x)
@@ -398,13 +427,15 @@ class Block:
         style = _rows(style, self.style)
         assert style is None or (self.style and len(style) == n), "style must have a row for each image, and a norm"
         y = _empty(n, h, w, self.c_out)
-        tiles = h * w // 16
-        part = _part(n, tiles, self.widest)
-        with _scratch(_scratch_numel(part, h, w, self.widest)) as scratch:
-            library.fastdiff_block(
-                self.told, x.data_ptr(), None if beside is None else beside.data_ptr(), c_beside, *_told(style), y.data_ptr(), n, h, w, part,
-                _TEAM.cores, scratch.data_ptr(),
-            )  # fmt: skip
+        given = self.told, x.data_ptr(), None if beside is None else beside.data_ptr(), c_beside, *_told(style), y.data_ptr(), n, h, w
+        if self.tiled:
+            part = _even(n, ROWS // ((h + 1) * (w + 1)))
+            with _scratch(_tiled_numel(part, h, w, self.c_in, self.widest)) as scratch:
+                library.fastdiff_block_tiles(*given, part, scratch.data_ptr())
+        else:
+            part = _part(n, h * w // 16, self.widest)
+            with _scratch(_scratch_numel(part, h, w, self.widest)) as scratch:
+                library.fastdiff_block(*given, part, _TEAM.cores, scratch.data_ptr())
         return y.permute(0, 3, 1, 2)
 
 
@@ -465,10 +496,20 @@ def _scratch_numel(part: int, height: int, width: int, channels: int) -> int:
     return (5 + 2 * pixels + 72 * (part * pixels // 16 + 1)) * channels
 
 
+def _tiled_numel(part: int, height: int, width: int, c_in: int, channels: int) -> int:
+    """What C wants room for: see `fastdiff_block_tiles`."""
+    rows = -(-part * (height + 1) * (width + 1) // 32) * 32
+    return (5 + 2 * height * width + rows) * channels + (rows + 2 * width + 4) // 2 * (channels + c_in)
+
+
 def _part(n: int, tiles: int, channels: int) -> int:
-    """How many of n images, of so many tiles each, at a time: in parts as even as can be."""
-    most = max(1, max(TILES, channels) // tiles)
-    return max(1, math.ceil(n / max(1, math.ceil(n / most))))
+    """How many of n images, of so many tiles each, at a time."""
+    return _even(n, max(TILES, channels) // tiles)
+
+
+def _even(n: int, most: int) -> int:
+    """The size of parts of n, as even as can be, of no more than that, or one."""
+    return max(1, math.ceil(n / max(1, math.ceil(n / max(1, most)))))
 
 
 def winograd_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -359,6 +359,18 @@ def conv_weight(weight: Tensor) -> Tensor:
     return panels(weight.permute(2, 3, 1, 0).flatten(0, 2)).contiguous()
 
 
+def tiles(matrix: Tensor) -> Tensor:
+    """[K, N] as the tiles of a CPU multiply by it: bf16 [N / 32, K / 32, 2, 16, 16, 2], of which [j, i, a, r, c, p] is the matrix's
+    [32 i + 2 r + p, 32 j + 16 a + c]."""
+    k, n = matrix.shape
+    return matrix.reshape(k // 32, 16, 2, n // 32, 2, 16).permute(3, 0, 4, 1, 5, 2).to(torch.bfloat16).contiguous()
+
+
+def tiled_weight(weight: Tensor) -> Tensor:
+    """A 3 x 3 convolution's weight [C', C, 3, 3] as `tiles`, bf16 [C' / 32, 9 C / 32, 2, 16, 16, 2]: tap by tap, of each its channels."""
+    return tiles(weight.permute(2, 3, 1, 0).flatten(0, 2))
+
+
 def winograd_matrices(weight: Tensor) -> Tensor:
     """G w G^T of a 3 x 3 convolution's weight [C', C, 3, 3]: fp32 [36, C, C']."""
     g = torch.tensor(WINOGRAD_G, dtype=torch.float64, device=weight.device)

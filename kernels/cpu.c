@@ -1,6 +1,6 @@
 /* What a sampler does on a CPU: the noise stream; and a network's GroupNorm, scale, shift and SiLU (Wu & He 2018), and 3 x 3 convolutions by Winograd's
-   method (Lavin & Gray 2016, F(4 x 4, 3 x 3)), whose images go from one matrix product to the next within the cache. fastdiff/native.py compiles this
-   where there is a C compiler; fastdiff/reference.py says what it computes.
+   method (Lavin & Gray 2016, F(4 x 4, 3 x 3)), whose images go from one matrix product to the next within the cache; or, of factors in bf16, by tiles,
+   where the processor has them. fastdiff/native.py compiles this where there is a C compiler; fastdiff/reference.py says what it computes.
 
    Images are fp32, channels-last and dense; channels are a multiple of 16, those of a convolution's result of 32. For a convolution height and width
    are multiples of 4, and there is a border of zeros that is not stored. Tiles of 4 x 4 pixels are numbered by image, row and column; place k of 36 of
@@ -8,6 +8,12 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#define TILES
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -264,9 +270,14 @@ struct slice {
   long start, stop;
 };
 
-/* y = silu((norm(x) gamma + beta) (1 + scale) + shift) of a slice, of whole groups and vectors, of one image [pixels, c], which may be y itself.
-   style: scale [c], then shift, or NULL for neither. scratch: 4 c numbers. */
-static void normalise(const float *x, float *y, const struct norm *norm, const float *style, long pixels, long c, struct slice slice, float *scratch) {
+/* What a norm is to a slice, of whole groups and vectors, of one image [pixels, c]: of each channel the mean, what the difference from it is multiplied
+   by, and what is then added. */
+struct affine {
+  float *mean, *times, *plus;
+};
+
+/* (norm(x) gamma + beta) (1 + scale) + shift. style: scale [c], then shift, or NULL for neither. scratch: 4 c numbers. */
+static struct affine measure(const float *x, const struct norm *norm, const float *style, long pixels, long c, struct slice slice, float *scratch) {
   float *const one = scratch, *const two = one + c, *const centre = two + c, *const plus = centre + c;
   const long size = c / norm->groups;
   const double many = (double)(size * pixels);
@@ -286,11 +297,17 @@ static void normalise(const float *x, float *y, const struct norm *norm, const f
       plus[k] = norm->beta[k] * more + (style ? style[c + k] : 0);
     }
   }
+  return (struct affine){centre, one, plus};
+}
+
+/* y = silu of what `measure` says, or that itself; y may be x. */
+static void normalise(const float *x, float *y, const struct norm *norm, const float *style, long pixels, long c, struct slice slice, float *scratch) {
+  const struct affine affine = measure(x, norm, style, pixels, c, slice, scratch);
   for (long k = slice.start; k < slice.stop; k += LANES) {
     vec mean, times, more, v;
-    load(&mean, centre + k);
-    load(&times, one + k);
-    load(&more, plus + k);
+    load(&mean, affine.mean + k);
+    load(&times, affine.times + k);
+    load(&more, affine.plus + k);
     for (long p = 0; p < pixels; p++) {
       load(&v, x + p * c + k);
       v = (v - mean) * times + more;
@@ -417,19 +434,20 @@ static void transform_back(const float *places, const float *bias, const float *
       }
 }
 
-/* A convolution of what norm makes of the images. weight: 36 places, each as `multiply` takes it. */
+/* A convolution of what norm makes of the images. weight: 36 places, each as `multiply` takes it; or, of tiles, 9 taps. */
 struct layer {
   struct norm norm;
-  const float *weight, *bias;
+  const void *weight;
+  const float *bias;
   long c_in, c_out;
 };
 
-/* y = (x' + layers(x)) times. x': x itself, or with `skip`, a matrix as `multiply` takes it, x skip; or nothing, with `alone`. A style is scale and
-   shift of the last layer's norm, or, with `added`, is added to what that norm is of. */
+/* y = (x' + layers(x)) times. x': x itself, or with `skip`, a matrix as `multiply` or the tiles take it, x skip; or nothing, with `alone`. A style
+   is scale and shift of the last layer's norm, or, with `added`, is added to what that norm is of. */
 struct block {
   struct layer layers[2];
   long count;
-  const float *skip;
+  const void *skip;
   float times;
   int alone, added;
 };
@@ -484,7 +502,7 @@ static void share(struct team team, const struct block *block, const float *x, c
       }
       if (block->skip)
         for (long column = 0; column < c_out; column += WIDE)
-          multiply(from + row * c_in, block->skip + column * c_in, NULL, to + row * c_out + column, high, c_in, c_out);
+          multiply(from + row * c_in, (const float *)block->skip + column * c_in, NULL, to + row * c_out + column, high, c_in, c_out);
       else if (beside && !block->alone)
         memcpy(to + row * c_out, whole + row * c_out, high * c_out * sizeof *y);
       if (first->norm.groups) {
@@ -499,7 +517,7 @@ static void share(struct team team, const struct block *block, const float *x, c
       const long c = layer->c_out, panels = c / WIDE, mine = 36 * panels * team.me / team.all, end = 36 * panels * (team.me + 1) / team.all;
       meet(team);
       for (long k = mine; k < end; k++)
-        multiply(places + k / panels * plane * layer->c_in, layer->weight + k * layer->c_in * WIDE, NULL,
+        multiply(places + k / panels * plane * layer->c_in, (const float *)layer->weight + k * layer->c_in * WIDE, NULL,
                  made + k / panels * plane * c + k % panels * WIDE, rows, layer->c_in, c);
       meet(team);
       if (layer == last) break;
@@ -530,6 +548,195 @@ void fastdiff_block(const struct block *block, const float *x, const float *besi
     share(team, block, x, beside, c_beside, style, stride, y, n, h, w, part, scratch);
   }
 }
+
+/* Whether the processor has tiles (AMX), and the system lets this process have them. */
+int fastdiff_tiles(void) {
+#ifdef TILES
+  enum { REQUEST = 0x1023, TILE_DATA = 18 }; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
+  return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+  return 0;
+#endif
+}
+
+#ifdef TILES
+/* A tile has TILE rows of 64 bytes: of so many sums in fp32, or of twice as many factors in bf16. */
+enum { TILE = 16, DEEP = 32, HEIGHT = 2 * TILE };
+
+/* Where one image's pixels are among the rows of a matrix: one after another, a row of zeros after each line, a line of zeros after each image, and
+   before the first. So what a pixel's neighbour is of all pixels is the same matrix from some rows earlier or later on. */
+struct places {
+  long h, w, c;
+};
+INLINE long lead(struct places at) { return at.w + 2; }
+INLINE long each(struct places at) { return (at.h + 1) * (at.w + 1); }
+INLINE long rounded(long rows) { return (rows + HEIGHT - 1) / HEIGHT * HEIGHT; }
+
+static void configure(void) {
+  struct {
+    uint8_t palette, start, none[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+  } tiles = {.palette = 1};
+  for (int i = 0; i < 8; i++) tiles.bytes[i] = 64, tiles.rows[i] = TILE;
+  _tile_loadconfig(&tiles);
+}
+
+/* 1 / (1 + e^-v) within 2^-18, of which bf16 keeps 2^-9; NaN of NaN. A power of two, and the best polynomial of what is left. */
+INLINE vec logistic(vec v) {
+  const __m512 power = _mm512_min_ps(_mm512_set1_ps(126), (__m512)(v * -1.44269504f)); /* NaN is the second */
+  const __m512 whole = _mm512_roundscale_ps(power, _MM_FROUND_TO_NEAREST_INT);
+  const vec r = (vec)power - (vec)whole;
+  const vec p = (((r * 9.5701e-3f + 5.591786e-2f) * r + 2.4024745e-1f) * r + 6.9312181e-1f) * r + 9.9999926e-1f;
+  const vec one_more = 1 + (vec)_mm512_scalef_ps((__m512)p, whole), some = (vec)_mm512_rcp14_ps((__m512)one_more);
+  return some * (2 - one_more * some); /* a step of Newton's doubles the digits */
+}
+
+/* One image [h, w, c] as rows of bf16: what a norm makes of it, if that is not NULL. */
+static void lay(const float *x, uint16_t *rows, struct places at, const struct affine *affine, int silu) {
+  const __m256i zero = {0};
+  for (long k = 0; k < at.c; k += LANES) {
+    const float *from = x + k;
+    uint16_t *to = rows + k;
+    vec mean = {0}, times = mean + 1, plus = mean, v;
+    if (affine) {
+      load(&mean, affine->mean + k);
+      load(&times, affine->times + k);
+      load(&plus, affine->plus + k);
+    }
+    for (long line = 0; line < at.h; line++) {
+      for (long column = 0; column < at.w; column++, from += at.c, to += at.c) {
+        load(&v, from);
+        if (affine) v = (v - mean) * times + plus;
+        if (silu) v *= logistic(v);
+        _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+      }
+      _mm256_storeu_si256((__m256i *)to, zero);
+      to += at.c;
+    }
+    for (long column = 0; column <= at.w; column++, to += at.c) _mm256_storeu_si256((__m256i *)to, zero);
+  }
+}
+
+/* y = (sums + bias + skip) times, one image [h, w, c] of its rows; bias [c] and skip [h, w, c], which may be y itself, or NULL for none. */
+static void collect(const float *sum, const float *bias, const float *skip, float times, float *y, struct places at) {
+  for (long line = 0; line < at.h; line++, sum += at.c)
+    for (long column = 0; column < at.w; column++, sum += at.c, y += at.c) {
+      for (long k = 0; k < at.c; k += LANES) {
+        vec v, beside;
+        load(&v, sum + k);
+        if (bias) {
+          load(&beside, bias + k);
+          v += beside;
+        }
+        if (skip) {
+          load(&beside, skip + k);
+          v += beside;
+        }
+        v *= times;
+        store(y + k, &v);
+      }
+      if (skip) skip += at.c;
+    }
+}
+
+/* Sums of HEIGHT rows and WIDE columns over c factors more. */
+INLINE const uint16_t *add(const uint16_t *a, const uint16_t *b, long c) {
+  for (long k = 0; k < c; k += DEEP, b += 2 * TILE * DEEP) {
+    _tile_loadd(4, a + k, 2 * c);
+    _tile_loadd(6, b, 64);
+    _tile_loadd(7, b + TILE * DEEP, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, a + TILE * c + k, 2 * c);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  return b;
+}
+
+/* A convolution of laid out images, and a matrix product of others, if they are not NULL: HEIGHT rows and WIDE columns of the sum. */
+static void convolve_tiles(const uint16_t *a, struct places at, const uint16_t *weight, const uint16_t *other, long c_other, const uint16_t *skip,
+                           float *sum, long stride) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (long tap = 0; tap < 9; tap++) weight = add(a + (tap / 3 * (at.w + 1) + tap % 3) * at.c, weight, at.c);
+  if (other) add(other + lead(at) * c_other, skip, c_other);
+  _tile_stored(0, sum, 4 * stride);
+  _tile_stored(1, sum + TILE, 4 * stride);
+  _tile_stored(2, sum + TILE * stride, 4 * stride);
+  _tile_stored(3, sum + TILE * stride + TILE, 4 * stride);
+}
+
+/* What fastdiff_block says, by tiles, for any h and w: what is multiplied is bf16, all else fp32. Weights: panels of WIDE columns, of each 9 taps, or
+   one of a skip, of each c_in / DEEP times two tiles. scratch: (5 + 2 h w + r + (r + 2 w + 4) / 2) times the most channels, and (r + 2 w + 4) / 2 times
+   c_in, with r = part (h + 1) (w + 1), up to a multiple of HEIGHT. */
+void fastdiff_block_tiles(const struct block *block, const float *x, const float *beside, long c_beside, const float *style, long stride, float *y,
+                          long n, long h, long w, long part, float *scratch) {
+  const struct layer *const first = block->layers, *const last = first + block->count - 1;
+  const long pixels = h * w, c_in = first->c_in, c_x = c_in - c_beside, c_out = last->c_out;
+  struct places at = {h, w, c_in};
+  long most = c_in;
+  for (const struct layer *layer = first; layer <= last; layer++)
+    if (layer->c_out > most) most = layer->c_out;
+  float *const shift = scratch + 4 * most, *const whole = shift + most, *const image = whole + pixels * most, *const sum = image + pixels * most;
+  const long room = rounded(part * each(at)) + 2 * lead(at);
+  uint16_t *const a = (uint16_t *)(sum + rounded(part * each(at)) * most), *const raw = a + room * most;
+  configure();
+  for (long start = 0; start < n; start += part) {
+    const long images = n - start < part ? n - start : part, rows = images * each(at);
+    at.c = c_in;
+    memset(a, 0, lead(at) * c_in * sizeof *a);
+    for (long i = 0; i < images; i++) {
+      const long row = (lead(at) + i * each(at)) * c_in;
+      const float *from = x + (start + i) * pixels * c_x;
+      if (beside) {
+        for (long p = 0; p < pixels; p++) {
+          memcpy(whole + p * c_in, from + p * c_x, c_x * sizeof *x);
+          memcpy(whole + p * c_in + c_x, beside + ((start + i) * pixels + p) * c_beside, c_beside * sizeof *x);
+        }
+        from = whole;
+        if (!block->skip && !block->alone) memcpy(y + (start + i) * pixels * c_out, whole, pixels * c_out * sizeof *y);
+      }
+      if (block->skip) lay(from, raw + row, at, NULL, 0);
+      if (first->norm.groups) {
+        const float *const own = first == last && style && !block->added ? style + (start + i) * stride : NULL;
+        const struct affine affine = measure(from, &first->norm, own, pixels, c_in, (struct slice){0, c_in}, scratch);
+        lay(from, a + row, at, &affine, first->norm.silu);
+      } else
+        lay(from, a + row, at, NULL, 0);
+    }
+    for (const struct layer *layer = first;; layer++) {
+      const long c = layer->c_out;
+      const int skips = layer == last && block->skip;
+      for (long panel = 0; panel < c / WIDE; panel++) {
+        const uint16_t *const weight = (const uint16_t *)layer->weight + panel * 9 * at.c * WIDE;
+        for (long row = 0; row < rows; row += HEIGHT)
+          convolve_tiles(a + row * at.c, at, weight, skips ? raw + row * c_in : NULL, c_in, (const uint16_t *)block->skip + panel * c_in * WIDE,
+                         sum + row * c + panel * WIDE, c);
+      }
+      at.c = c;
+      if (layer == last) break;
+      memset(a, 0, lead(at) * c * sizeof *a);
+      for (long i = 0; i < images; i++) {
+        const float *const own = style ? style + (start + i) * stride : NULL;
+        for (long k = 0; k < c; k++) shift[k] = (layer->bias ? layer->bias[k] : 0) + (own && block->added ? own[k] : 0);
+        collect(sum + i * each(at) * c, shift, NULL, 1, image, at);
+        const struct affine affine = measure(image, &layer[1].norm, own && !block->added ? own : NULL, pixels, c, (struct slice){0, c}, scratch);
+        lay(image, a + (lead(at) + i * each(at)) * c, at, &affine, layer[1].norm.silu);
+      }
+    }
+    for (long i = 0; i < images; i++) {
+      const long to = (start + i) * pixels * c_out;
+      const float *const skip = block->alone || block->skip ? NULL : (beside ? y : x) + to;
+      collect(sum + i * each(at) * c_out, last->bias, skip, block->times, y + to, at);
+    }
+  }
+  _tile_release();
+}
+#endif
 
 /* A number of so many bytes: of their 32-bit words, as many side by side as a processor has room for, turned and multiplied after each. Without the
    turning the top bit would stay where it is, and two changes of sign would undo each other. */
