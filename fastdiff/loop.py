@@ -6,9 +6,10 @@ a step is captured for is its `Kind`; seed, labels, guidance, solver and number 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -237,6 +238,7 @@ class Loop:
             self.known_stream = counter("known", 0, device)
         self.graphs: dict[tuple[bool, int], torch.cuda.CUDAGraph] = {}
         self.pool: Any = None
+        self.stream: torch.cuda.Stream | None = None  # one, for the graphs to share the pool's memory
 
     def begin(
         self,
@@ -417,28 +419,51 @@ class Loop:
         if not self.engine.capture or not wanted:
             return
         # All that a graph reads and writes are the buffers above, and memory of its own.
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        if self.stream is None:
+            self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             for _ in range(3):
                 self.row.zero_()
                 self.step(guided)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         for many in wanted:
             self.row.zero_()
-            graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                with self._capturing() as graph:
                     for _ in range(many):
                         self.step(guided)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as e:
-                self.engine.capture, self.graphs = False, {}
-                warnings.warn(f"the network cannot be captured in a CUDA graph, so it runs without: {str(e).splitlines()[0]}", stacklevel=2)
+                # Where a capture cannot be ended either, what went wrong in it is the reason.
+                reason = e.__context__ if isinstance(e.__context__, RuntimeError) else e
+                if isinstance(reason, torch.OutOfMemoryError):
+                    raise reason from None
+                self.engine.capture, self.graphs, self.pool = False, {}, None
+                self._leave_capture()
+                what = (str(reason).splitlines() or [type(reason).__name__])[0]
+                warnings.warn(f"the network cannot be captured in a CUDA graph, so it runs without: {what}", stacklevel=2)
                 return
             self.pool = self.pool or graph.pool()
             self.graphs[guided, many] = graph
+
+    @contextlib.contextmanager
+    def _capturing(self) -> Iterator[torch.cuda.CUDAGraph]:
+        """On a stream of this device: PyTorch's own for captures is of the device that came first, and on another the graph would be empty. The outer
+        context leaves the stream even where the capture cannot be ended."""
+        graph = torch.cuda.CUDAGraph()
+        with (
+            torch.cuda.stream(self.stream),
+            torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+        ):
+            yield graph
+
+    def _leave_capture(self) -> None:
+        """Before PyTorch 2.13 the device's generator stays within a capture that could not be ended, and whoever draws from it next gets an error,
+        until another capture has been ended."""
+        with contextlib.suppress(RuntimeError), self._capturing():
+            self.row.add_(0)
 
 
 def unlearned(made: list[int], x: list[int]) -> ValueError:

@@ -259,6 +259,62 @@ def test_what_cannot_be_captured_runs_without(graphs):
     torch.testing.assert_close(images, want, atol=2e-5, rtol=0)
 
 
+def test_graphs_of_a_loop_are_captured_on_one_stream_of_its_own(network, graphs, monkeypatch):
+    """Not on PyTorch's for captures, which is of the first device that had one: on another that would make empty graphs."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "graph", lambda tape, stream=None, **_: seen.append(stream) or tape)
+    sampler = make(network, steps=20, micro_batch=2)
+    sampler(2, labels=1, guidance=2.0, guidance_interval=(0, 20))
+    sampler(2, labels=1, guidance=2.0)
+    assert len(seen) == 3
+    assert seen[0] is not None
+    assert len(set(map(id, seen))) == 1
+
+
+def test_a_capture_that_cannot_be_ended_leaves_nothing_changed(graphs, monkeypatch):
+    """As torch.cuda.graph: its end is an error too, and leaves the thread on the stream of the capture, and the generator in it."""
+    made, _ = graphs
+    streams, capturing, ended = ["of the caller"], set(), []
+
+    @contextlib.contextmanager
+    def on(stream):
+        before = streams[0]
+        streams[0] = stream
+        try:
+            yield
+        finally:
+            streams[0] = before
+
+    class Capture:
+        def __init__(self, tape, **_):
+            self.tape = tape
+
+        def __enter__(self):
+            self.before, streams[0] = streams[0], "of the capture"
+            capturing.add("generator")
+            self.tape.__enter__()
+
+        def __exit__(self, *error):
+            self.tape.__exit__(*error)
+            if error[0] is not None:
+                raise RuntimeError("operation failed due to a previous error during capture")
+            streams[0] = self.before
+            capturing.clear()
+            ended.append(len(self.tape.done))
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    sampler = plain(lambda x, t: x * float(t[0] / 50), steps=20)
+    with pytest.warns(
+        UserWarning, match="in a CUDA graph, so it runs without: operation not permitted when stream is capturing: aten._loc"
+    ):
+        sampler(6, seed=1)
+    assert streams == ["of the caller"]
+    assert not capturing
+    assert ended == [1]
+    assert len(made) == 2
+
+
 def test_a_guided_step_by_a_function_is_not_captured(network, graphs):
     made, log = graphs
     images = make(network, steps=20)(6, labels=1, guide=lambda state: state.x0 * float(state.alpha))
@@ -354,6 +410,24 @@ def test_neither_replays_nor_steps_wait_on_cuda(name):
                 loop.step(guided_step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+def test_what_cannot_be_captured_leaves_stream_and_generator_as_they_were_on_cuda():
+    before = torch.cuda.current_stream()
+    sampler = plain(lambda x, t: x * float(t[0] / 50), steps=20, device="cuda")
+    with pytest.warns(UserWarning, match="so it runs without: .*operation not permitted when stream is capturing"):
+        images = sampler(6, seed=1)
+    assert torch.cuda.current_stream() == before
+    assert torch.randn(2, device="cuda").isfinite().all()
+    assert torch.equal(sampler(6, seed=1), images)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_a_second_gpu_has_graphs_of_its_own(network):
+    images = [make(network, device=f"cuda:{i}", steps=20)(6, labels=1).cpu() for i in (0, 1, 0)]
+    torch.testing.assert_close(images[0], images[1], atol=1e-4, rtol=0)
+    assert torch.equal(images[0], images[2])
 
 
 @needs_cuda
