@@ -80,6 +80,7 @@ class Network:
         self.weights: list[Tensor] = []
         self.stamp: tuple[tuple[int, int], ...] = ()  # of the weights, on a CPU
         self.hooked: tuple[Any, ...]
+        self.null_checked = False
         self._build()
         self.refresh()
 
@@ -131,6 +132,32 @@ class Network:
     def moved(self) -> bool:
         """Whether weights lie elsewhere than when this was made, where a CUDA graph of it would not find them."""
         return self._places() != self.places
+
+    def check_null(self, x: Tensor, t: Tensor) -> None:
+        """ValueError where an embedding of the model has no row for the null class. x: [1, *shape], t: [1].
+
+        A CPU says so when it looks for the row. A GPU says later that something was out of range, and then nothing in the process can use it any more,
+        so the embedding is kept from looking.
+        """
+        if self.null_checked or self.hoisted or self.num_classes is None or rewrite.accelerated(self.given):
+            return
+        missing = []
+
+        def look(module: nn.Embedding, given: tuple[Any, ...]) -> None:
+            if len(given) and isinstance(given[0], Tensor) and int(given[0].max()) == self.num_classes == module.num_embeddings:
+                missing.append(module)
+                raise IndexError
+
+        hooks = [m.register_forward_pre_hook(look) for m in self.given.modules() if isinstance(m, nn.Embedding)]
+        try:
+            with contextlib.suppress(Exception):  # whatever else it may be, the loop comes to it
+                self.given(x, t, torch.full((1,), self.num_classes, device=x.device))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if missing:
+            raise nullless(self.num_classes)
+        self.null_checked = True
 
     def answer(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Any:
         """What the model says as it is, not compiled."""
@@ -328,8 +355,7 @@ class Loop:
         except IndexError as e:
             if not self.labelled or "out of range" not in str(e):
                 raise
-            null = engine.network.num_classes
-            raise ValueError(f"the network has no class {null}, the null class, which guidance and images without labels ask for") from e
+            raise nullless(engine.network.num_classes) from e
         except RuntimeError as e:
             if engine.dtype == torch.float32 or not ("same dtype" in str(e) or "should be the same" in str(e)):
                 raise
@@ -464,6 +490,10 @@ class Loop:
         until another capture has been ended."""
         with contextlib.suppress(RuntimeError), self._capturing():
             self.row.add_(0)
+
+
+def nullless(null: int | None) -> ValueError:
+    return ValueError(f"the network has no class {null}, the null class, which guidance and images without labels ask for")
 
 
 def unlearned(made: list[int], x: list[int]) -> ValueError:

@@ -733,7 +733,10 @@ class Sampler:
         def names(i: int) -> str:
             return f"sample {first + i}" if seeds is None else f"sample 0 of seed {int(columns['seeds'][i])}"
 
+        null = label_column is not None and n > 0 and (guided or int(label_column.max()) == self.num_classes)
         with self._working():
+            if null and self.device.type == "cuda":
+                self._check_null(table)
             out = torch.empty(n, *self.shape, device=self.device, dtype=torch.float32)
 
             def run(size: int) -> Tensor:
@@ -746,6 +749,11 @@ class Sampler:
                         engine.guide = None
 
             return self._with_room(run, guided, n, mixed=guided and not all(rows))
+
+    def _check_null(self, table: solvers.Table) -> None:
+        x = torch.zeros(1, *self.shape, device=self.device, dtype=self.dtype)
+        with _evaluating(self.model), torch.cuda.device(self.device):
+            self._take_network().check_null(x, table.tensors(self.device)[1][:1])
 
     def _bar(self, steps: int, progress: bool | Bar) -> Any:
         if callable(progress):

@@ -15,6 +15,7 @@ from helpers import SMALL, FiniteList, Gaussian, Plain, by_hand, guided, small_c
 from torch import nn
 
 from fastdiff import Sampler, Schedule, UNet, UNetConfig, native, noise, solvers
+from fastdiff.loop import Network
 from fastdiff.noise import slerp
 
 SCHEDULE = Schedule.linear(50)
@@ -954,23 +955,45 @@ def test_names_alone_do_not_make_a_network_one_of_two_parts():
     assert torch.equal(make(network, num_classes=None)(2), make(Plain(lambda x, t: network(x, t), network), num_classes=None)(2))
 
 
-def test_classes_without_a_null_class():
-    class Own(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.label = nn.Embedding(3, 3)
+class Labelled(nn.Module):
+    """A network that adds what an embedding of so many classes says, and notes for how many labels it could."""
 
-        def forward(self, x, t, labels):
-            return 0.1 * x + self.label(labels)[:, :, None, None]
+    def __init__(self, classes):
+        super().__init__()
+        self.label, self.asked = nn.Embedding(classes, 3), []
 
+    def forward(self, x, t, labels):
+        beside = self.label(labels)[:, :, None, None]
+        self.asked.append(len(labels))
+        return 0.1 * x + beside
+
+
+def test_classes_without_a_null_class(device):
     for micro_batch in (4, "auto"):
-        sampler = make(Own().requires_grad_(False), micro_batch=micro_batch)
+        sampler = make(Labelled(3).requires_grad_(False), device, micro_batch=micro_batch)
         assert sampler(2, labels=[1, 2]).isfinite().all()
         for call in ({"labels": 1, "guidance": 2.0}, {}):
             with pytest.raises(
                 ValueError, match="the network has no class 3, the null class, which guidance and images without labels ask for"
             ):
                 sampler(2, **call)
+        assert sampler(2, labels=[1, 2]).isfinite().all()
+
+
+@pytest.mark.parametrize(("classes", "missing"), [(3, True), (4, False), (500, False)])
+def test_a_null_class_is_looked_for_without_asking_for_what_is_not_there(classes, missing):
+    """As on a GPU, where that would be the end of the process's use of it."""
+    model = Labelled(classes).requires_grad_(False)
+    network = Network(model, 3, None)
+    x, t = torch.zeros(1, 3, 8, 8), torch.zeros(1, dtype=torch.int64)
+    for _ in range(2):
+        if missing:
+            with pytest.raises(ValueError, match="the network has no class 3, the null class"):
+                network.check_null(x, t)
+        else:
+            network.check_null(x, t)
+    assert model.asked == ([] if missing else [1])
+    assert not model.label._forward_pre_hooks
 
 
 def test_a_call_within_a_call_is_refused(network):
