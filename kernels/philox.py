@@ -144,8 +144,9 @@ def place(index, length):
 
 
 def grid(n: int, numel: int) -> tuple[int]:
-    """Programs for n samples of numel elements. Columns are counted in 31 bits: 2^31 quads are 34 GB of fp32."""
+    """Programs for n samples of numel elements. Columns are counted in 31 bits: 2^31 quads are 34 GB of fp32. So are a sample's elements."""
     quads = (numel + 3) // 4
+    assert numel < 2**31, f"{numel} elements in one sample are more than 2^31"
     assert n * quads < 2**31, f"{n} samples of {numel} elements are more than 2^33 elements: split the batch"
     return (triton.cdiv(n * triton.cdiv(quads, BLOCK["R"]), BLOCK["P"]),)
 

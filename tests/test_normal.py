@@ -213,3 +213,11 @@ def test_launchers_refuse_what_they_would_misread(device):
     ]:
         with pytest.raises(AssertionError, match="must be"):
             kernels.normal(*bad, 16)
+
+
+def test_batches_and_samples_that_are_too_large_to_count_are_refused():
+    """Where in its sample an element lies is counted in 31 bits: beyond, a launch would write before the tensor."""
+    assert philox.grid(2, 2**31 - 1) == (2 * 2**31 // 32 // philox.BLOCK["P"],)
+    for n, numel in ((1, 2**31), (1, 2**33 - 4), (2**31, 4), (1 << 23, 1024)):
+        with pytest.raises(AssertionError, match=r"split the batch|in one sample"):
+            philox.grid(n, numel)
