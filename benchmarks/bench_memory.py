@@ -13,7 +13,8 @@ import torch
 
 CUDA = torch.cuda.is_available()
 ROOT = Path(__file__).parent.parent
-# On the CPU the peak of the process over what it had after a first, smallest call; on CUDA what is reserved.
+# On the CPU the peak of the process over what it had after a first, smallest call, which loads libraries. On CUDA the most that is reserved beside
+# the weights, with what a first call leaves behind: a sampler's buffers and graphs are made in it, whatever its size.
 CODE = """
 import json, resource, sys, torch
 from dataclasses import replace
@@ -29,11 +30,13 @@ except peers.LeftOutError as e:
     raise SystemExit
 def peak():
     return torch.cuda.max_memory_reserved() / 2**20 if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-peer.run(1, 2)
 if device == "cuda":
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-before = peak()
+    before = peak()
+peer.run(1, 2)
+if device == "cpu":
+    before = peak()
 peer.run(n, 2)
 print(json.dumps(peak() - before))
 """

@@ -150,8 +150,8 @@ def kernels(run: Callable[[], object], steps: int) -> dict[str, float]:
     return {"kernels_per_step": round(launched / steps, 2), "syncs_per_step": round(waits / steps, 3)}
 
 
-def host_time(peer: Peer, n: int, steps: int, guided: bool = False) -> float | None:
-    """Microseconds that the host is busy with a further step, not waiting for the GPU. None for a peer that waits in every step."""
+def host_time(peer: Peer, n: int, steps: int, guided: bool = False) -> float:
+    """Microseconds that the host is busy with a further step, not waiting for the GPU, of a peer that does not wait in every step."""
     if peer.sampler is not None:
         loop = own_loop(peer, n, guided)
         with torch.no_grad():
@@ -193,5 +193,5 @@ def measured(peer: Peer, task: Task, n: int) -> dict[str, float]:
     found = kernels(lambda: peer.run(n, steps), steps)
     # Waits of a call, its end for one, are fewer than one a step.
     if found["syncs_per_step"] < 1:
-        found["host_us_per_step"] = round(host_time(peer, n, task.steps, guided) or math.nan, 2)
+        found["host_us_per_step"] = round(host_time(peer, n, task.steps, guided), 2)
     return found

@@ -65,7 +65,8 @@ class Task:
 class Peer:
     """run(n, steps, seed=None): images fp32 [n, *shape] in [-1, 1], on the device, perhaps still being worked on. seed: see Task.noise.
 
-    listeners: functions that are told "in" and "out" around each call of the network. sampler: fastdiff's own, where the peer is one.
+    listeners: functions that are told "in" and "out" around each call of the network. sampler: fastdiff's own, where the peer is one. held: MiB of the
+    GPU's memory that its warm-ups have kept, for buffers and graphs.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Peer:
     run: Callable[..., Tensor]
     sampler: fastdiff.Sampler | None = None
     listeners: list[Callable[[str], None]] = field(default_factory=list)
+    held: float = 0.0
 
 
 def weights() -> tuple[str, fastdiff.Checkpoint]:
