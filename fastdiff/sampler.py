@@ -199,8 +199,9 @@ class Sampler:
 
     @property
     def way(self) -> str:
-        """How the network runs: "eager", "compiled", "fused" or "fused, fp8", and on CUDA whether out of a CUDA graph."""
-        return self._way + ", fp8" * self.fp8 + ", captured" * (self.device.type == "cuda")
+        """How the network runs: "eager", "compiled", "fused" or "fused, fp8", and on CUDA whether out of a CUDA graph, where it could be captured."""
+        captured = self.device.type == "cuda" and all(engine.capture for kind, engine in self._engines.items() if not kind.guide)
+        return self._way + ", fp8" * self.fp8 + ", captured" * captured
 
     def _run_by(self, way: str) -> None:
         self._way, self.compile = way, way == "compiled"

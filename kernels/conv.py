@@ -25,7 +25,7 @@ PIXELS = (256, 128, 64)
 
 @triton.jit
 def silu_of(v, PTX: tl.constexpr):
-    """v sigmoid(v); with PTX within 2^-11 of itself, enough for bf16."""
+    """v sigmoid(v); with PTX within 2^-12 |v| of it, enough for bf16."""
     if PTX:
         # = h tanh(h) + h with h = v / 2: one instruction of the special function unit rather than two.
         h = v * 0.5
