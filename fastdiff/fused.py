@@ -131,7 +131,7 @@ class Convolution(nn.Module):
             read = [self.channels, self.shortcut // self.inputs]
         else:
             read = [self.channels // self.inputs]
-        return ops.uncovered(device, dtype, *self.size, 64 if self.op == "conv_out" else self.c_out, groups, *read)
+        return ops.uncovered(device, dtype, *self.size, self.c_out, groups, *read, op=self.op)
 
 
 def fits(model: nn.Module) -> bool:

@@ -360,23 +360,24 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def uncovered(
-    device: torch.device, dtype: torch.dtype, height: int, width: int, c_out: int, groups: int | None, *channels: int
+    device: torch.device, dtype: torch.dtype, height: int, width: int, c_out: int, groups: int | None, *channels: int, op: str = "conv3x3"
 ) -> str | None:
     """Why a convolution of channels to c_out, with a result of height x width pixels, runs by the library on a GPU, or None where a kernel does it."""
-    from .kernels import conv as kernel
+    from .kernels import conv, conv_ends
 
     if not has_kernels(device):
         return "the kernels need a GPU of compute capability 9 or 10 (H100, H200, B200)"
     if dtype not in (torch.bfloat16, torch.float16, reference.FP8):
         return f"{str(dtype).removeprefix('torch.')}: the kernels compute with 16 bits"
-    reason: str | None = kernel.fits(height, width, c_out, groups, *channels)
+    out = op == "conv_out"
+    reason: str | None = conv_ends.fits_out(height, width, c_out, *channels) if out else conv.fits(height, width, c_out, groups, *channels)
     return reason
 
 
 def _chosen(op: str, kernel: Any, args: Any, read: list[int], groups: int | None) -> Any:
     """A convolution by its kernel or by the library. read: channels that the kernel takes in steps."""
     found, device = tuned.shape(op, args), args[1].device
-    if uncovered(device, found.dtype, found.height, found.width, 64 if op == "conv_out" else found.c_out, groups, *read) is None:
+    if uncovered(device, found.dtype, found.height, found.width, found.c_out, groups, *read, op=op) is None:
         way, sizes = tuned.way(torch.cuda.get_device_name(device), tuned.key(*found))
         if way == "kernel":
             return getattr(kernel, op)(*args, **sizes)

@@ -5,12 +5,14 @@ import functools
 import json
 import math
 import warnings
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from convolutions import CUDA, DEVICE, KERNELS
+from convolutions import conv_out as make_conv_out
 from helpers import SMALL, small_network
 
 import fastdiff
@@ -267,6 +269,17 @@ def test_what_no_kernel_covers_is_said(a_gpu):
     assert all(reason.startswith(("images of 12 x 12", "images of 6 x 6")) for reason in reasons.values())
     ours = FusedUNet(shipped().model)
     assert [c.name for c in ours.convolutions() if c.uncovered(device, bf16)] == []
+    for patch, uncovered in ((4, {}), (8, {"head": "64 channels to 192: the last convolution makes at most 64"})):
+        folded = FusedUNet(fastdiff.UNet(UNetConfig(shape=(3, 64, 64), patch=patch, channels=(64,), blocks=1, middle=0)))
+        assert {c.name: reason for c in folded.convolutions() if (reason := c.uncovered(device, bf16))} == uncovered
+
+
+def test_a_last_convolution_to_many_channels_runs_by_the_library(a_gpu, monkeypatch):
+    a_gpu()
+    kernel = SimpleNamespace(conv_out=lambda *_, **__: "kernel")
+    monkeypatch.setattr(ops.library, "conv_out", lambda *_: "library")
+    for channels, way in ((3, "kernel"), (4, "kernel"), (5, "library")):
+        assert ops._chosen("conv_out", kernel, make_conv_out(2, 4, 64, channels, 4, torch.bfloat16), [64], None) == way
 
 
 def test_a_sampler_warns_of_what_no_kernel_covers():

@@ -82,7 +82,7 @@ def test_fp8_has_keys_of_its_own_and_no_row_for_the_network(net, tmp_path):
 
 def chosen(layer, monkeypatch):
     """What an op does of such a call on a GPU called "A chip" whose kernels cover everything."""
-    monkeypatch.setattr(ops, "uncovered", lambda *_: None)
+    monkeypatch.setattr(ops, "uncovered", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A chip")
     monkeypatch.setattr(ops.library, layer.op, lambda *_, **__: "library")
     kernel = SimpleNamespace(**{layer.op: lambda *_, **sizes: ("kernel", sizes)})
