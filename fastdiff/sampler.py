@@ -380,7 +380,7 @@ class Sampler:
         ($FASTDIFF_CACHE), where `compile="auto"` looks it up. Compiling takes from seconds to minutes, the first time.
         """
         found: dict[str, list[float]] = {}
-        with self._working():
+        with self._working(), contextlib.ExitStack() as stack:
             runs: dict[str, Callable[[], None]] = {}
             own = fused.fits(self.model) and self.device.type == "cuda"
             accelerated = rewrite.accelerated(self.model)
@@ -391,6 +391,7 @@ class Sampler:
                     compile={"eager": False, "compiled": True}.get(way, way), micro_batch=self.measured(guided),
                     **{**self._always, **self._settings()},
                 )  # fmt: skip
+                stack.callback(other._drop, 0)
                 try:
                     other._ready(guided, other.size(guided))
                 except Exception as e:
@@ -411,7 +412,7 @@ class Sampler:
         if self._asked == "auto" and not self.fp8 and best != self._way:
             self._run_by(best)
             self._network, self._same = None, {}
-            self._engines.clear()
+            self._drop(0)
         return result
 
     def _settings(self) -> dict[str, Any]:

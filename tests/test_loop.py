@@ -19,6 +19,7 @@ import fastdiff.loop
 import fastdiff.native
 import fastdiff.ops
 import fastdiff.sampler
+import fastdiff.ways
 from fastdiff import Sampler, Schedule, noise, solvers
 from fastdiff.loop import CHUNK, Engine, Network, threshold
 from fastdiff.sampler import KEPT
@@ -475,7 +476,7 @@ def built(monkeypatch):
     """The engines built, weakly."""
     made = []
 
-    class Counted(Engine):
+    class Counted(fastdiff.sampler.Engine):  # which captures, after `graphs`
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             made.append(weakref.ref(self))
@@ -531,14 +532,30 @@ def test_the_engines_used_last_are_kept(network, built, no_collector):
     assert use(0) == 7
 
 
-def test_memory_of_graphs_is_let_go_of_at_once(network, built, graphs, no_collector):
+def test_memory_of_graphs_is_let_go_of_at_once(network, graphs, built, no_collector):
     made, _ = graphs
+    make(network)(2, labels=1)  # what a first step imports holds on to it
+    for things in (made, built):
+        things.clear()
     sampler = make(network)
     sampler(2, labels=1)
     tapes = [weakref.ref(tape) for tape in made]
     made.clear()
     sampler._drop(0)
-    assert tapes and not any(engine() for engine in built) and not any(tape() for tape in tapes)
+    assert tapes and len(built) == 1 and not any(engine() for engine in built) and not any(tape() for tape in tapes)
+
+
+def test_what_is_measured_is_let_go_of_at_once(network, graphs, built, no_collector, monkeypatch):
+    monkeypatch.setattr(fastdiff.sampler, "_compiled", lambda call, cuda: call)
+    monkeypatch.setattr(fastdiff.ways, "remember", lambda key, found: found.update(compiled=-1.0))
+    make(network)(2, labels=1)  # what a first step imports holds on to it
+    sampler = make(network, compile="auto")
+    sampler(2, labels=1)
+    kept = built[0]
+    assert set(sampler.measure(rounds=1)) == {"eager", "compiled"}
+    assert sampler.way == "compiled"
+    assert len(built) == 4
+    assert not any(engine() for engine in built if engine is not kept)
 
 
 @pytest.mark.parametrize("change", ["assign", "data"])
