@@ -114,6 +114,8 @@ class Sampler:
     ValueError for whatever does not fit, in one line that says what would.
     """
 
+    _tiled = False  # whether the network's convolutions are those of `cpu.TiledConv2d`
+
     def __init__(
         self,
         model: nn.Module,

@@ -188,7 +188,8 @@ def test_json_lines_of_training(tmp_path, monkeypatch, capsys, log_after):
     *lines, done = map(json.loads, stdout.splitlines())
     assert done["event"] == "done"
     assert Path(done["checkpoint"]).is_file()
-    assert [line["steps"] for line in lines[:60]] == list(range(1, 61))
+    steps = [line["steps"] for line in lines]
+    assert steps == sorted(steps) and set(steps) == {*range(1, 61)}  # some twice, where a step takes its time
     assert all(line["event"] == "progress" and line["of"] == 60 for line in lines)
-    assert lines[59]["loss"] > 0
-    assert lines[59]["eta_s"] == 0
+    assert lines[-1]["loss"] > 0
+    assert lines[-1]["eta_s"] == 0
