@@ -21,6 +21,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastdiff.loop import own_stream, trial_stream
+
 ROOT = Path(__file__).parent.parent
 CUDA = torch.cuda.is_available()
 # Launches of a CUDA graph: enough that a replay's start and its wait, some 20 us, weigh under 1 %.
@@ -109,13 +111,13 @@ def in_turn(call: Callable[..., object], sets: Sequence[tuple[Tensor, ...]], lau
 
 def captured(run: Callable[[], object]) -> Callable[[], None]:
     """`run` as a CUDA graph: a call replays it and waits for it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    graph, device = torch.cuda.CUDAGraph(), torch.device("cuda", torch.cuda.current_device())
+    trial, stream = trial_stream(device), own_stream(device, graph)
+    trial.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(trial):
         run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    torch.cuda.current_stream().wait_stream(trial)
+    with torch.cuda.graph(graph, stream=stream):
         run()
 
     def replay() -> None:

@@ -7,8 +7,10 @@ a step is captured for is its `Kind`; seed, labels, guidance, solver and number 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -265,7 +267,7 @@ class Loop:
             self.known_stream = counter("known", 0, device)
         self.graphs: dict[tuple[bool, int], torch.cuda.CUDAGraph] = {}
         self.pool: Any = None
-        self.stream: torch.cuda.Stream | None = None  # one, for the graphs to share the pool's memory
+        self.stream: torch.cuda.Stream | None = None  # on which the graphs were captured
 
     def begin(
         self,
@@ -445,14 +447,14 @@ class Loop:
         if not self.engine.capture or not wanted:
             return
         # All that a graph reads and writes are the buffers above, and memory of its own.
-        if self.stream is None:
-            self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        trial = trial_stream(self.x.device)
+        trial.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(trial):
             for _ in range(3):
                 self.row.zero_()
                 self.step(guided)
-        torch.cuda.current_stream().wait_stream(self.stream)
+        torch.cuda.current_stream().wait_stream(trial)
+        self.stream = self.stream or own_stream(self.x.device, self)
         for many in wanted:
             self.row.zero_()
             try:
@@ -476,8 +478,8 @@ class Loop:
 
     @contextlib.contextmanager
     def _capturing(self) -> Iterator[torch.cuda.CUDAGraph]:
-        """On a stream of this device: PyTorch's own for captures is of the device that came first, and on another the graph would be empty. The outer
-        context leaves the stream even where the capture cannot be ended."""
+        """On a stream of this loop's own. PyTorch has one for all captures, but of the device that came first, and on another the graph would be empty.
+        The outer context leaves the stream even where the capture cannot be ended."""
         graph = torch.cuda.CUDAGraph()
         with (
             torch.cuda.stream(self.stream),
@@ -490,6 +492,34 @@ class Loop:
         until another capture has been ended."""
         with contextlib.suppress(RuntimeError), self._capturing():
             self.row.add_(0)
+
+
+# Streams by device, and who has them.
+STREAMS: dict[torch.device, list[torch.cuda.Stream]] = {}
+OWNERS: weakref.WeakValueDictionary[torch.cuda.Stream, Any] = weakref.WeakValueDictionary()
+
+
+def own_stream(device: torch.device, owner: Any) -> torch.cuda.Stream:
+    """A stream of a device, the current one, that nobody else has as long as the owner lives, of the 32 that PyTorch gives out in turn, over and over.
+
+    Graphs captured on one stream share cuBLAS's workspace, which PyTorch 2.13 frees when the first of them goes (pytorch issue 193402). Before, it
+    was kept for good, 32 MiB for a stream; so one that was given back is taken before a new one.
+    """
+    made = STREAMS.setdefault(device, [])
+    for _ in range(32):
+        if any(stream not in OWNERS for stream in made):
+            break
+        if (new := torch.cuda.Stream()) not in made:  # type: ignore[no-untyped-call]
+            made.append(new)
+    stream = next((stream for stream in made if stream not in OWNERS), made[-1])
+    OWNERS[stream] = owner
+    return stream
+
+
+@functools.cache
+def trial_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where steps are tried before they are captured, one for all."""
+    return own_stream(device, trial_stream)
 
 
 def nullless(null: int | None) -> ValueError:

@@ -288,6 +288,50 @@ def test_graphs_of_a_loop_are_captured_on_one_stream_of_its_own(network, graphs,
     assert len(set(map(id, seen))) == 1
 
 
+def test_loops_that_are_alive_have_streams_of_their_own(network, graphs, monkeypatch):
+    """Of the 32 that PyTorch gives out in turn: where two loops' graphs share one, the first that goes frees what the others' read. No more are taken
+    than loops are alive."""
+
+    class Given:
+        """As torch.cuda.Stream, equal where it is the same stream."""
+
+        given = 0
+
+        def __init__(self):
+            self.number = Given.given % 32
+            Given.given += 1
+
+        def __eq__(self, other):
+            return self.number == other.number
+
+        def __hash__(self):
+            return self.number
+
+        def wait_stream(self, other):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Stream", Given)
+    monkeypatch.setattr(fastdiff.loop, "STREAMS", {})
+    fastdiff.loop.trial_stream.cache_clear()
+
+    def stream_of(sampler):
+        sampler.warmup()
+        (engine,) = sampler._engines.values()
+        return engine.loops[0].stream
+
+    kept = [make(network, steps=2) for _ in range(25)]
+    assert len({stream_of(sampler).number for sampler in kept}) == 25
+    for _ in range(10):
+        other = make(network, steps=2)
+        assert stream_of(other).number not in {0, *(stream_of(sampler).number for sampler in kept)}
+        other._drop(0)
+    assert fastdiff.loop.trial_stream(torch.device("cpu")).number == 0
+    assert Given.given == 27
+    kept += [make(network, steps=2) for _ in range(10)]
+    assert len({stream_of(sampler).number for sampler in kept}) == 31  # more there are not
+    fastdiff.loop.trial_stream.cache_clear()
+
+
 def test_a_capture_that_cannot_be_ended_leaves_nothing_changed(graphs, monkeypatch):
     """As torch.cuda.graph: its end is an error too, and leaves the thread on the stream of the capture, and the generator in it."""
     made, _ = graphs
