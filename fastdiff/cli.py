@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from . import early
+from .devices import out_of_memory
 
 # What commands call --dtype and --compile, as Sampler takes them.
 DTYPES: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": "fp8"}
@@ -115,7 +116,7 @@ def run(main: Callable[[], int], prog: str) -> NoReturn:
         print(f"{prog}: {' '.join(text.split())}", file=sys.stderr)
         code = 2
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(e):
+        if not out_of_memory(e):
             raise
         print(f"{prog}: out of memory; ask for fewer or smaller images at a time (--help)", file=sys.stderr)
         code = 2

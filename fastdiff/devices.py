@@ -1,4 +1,4 @@
-"""Devices by name."""
+"""Devices by name, and what they say when their memory is full."""
 
 from __future__ import annotations
 
@@ -18,3 +18,9 @@ def pick_device(name: torch.device | str | None) -> torch.device:
             raise ValueError(f"there is no device {str(name)!r} here ({torch.cuda.device_count()} CUDA GPUs); use cpu, or leave it out")
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     return device
+
+
+def out_of_memory(e: BaseException) -> bool:
+    """Also where it is not the allocator that says so: CUDA itself, as it makes a graph or loads a kernel, and its libraries."""
+    said = ("allocate memory", "CUDA error: out of memory", "[CUDA]: out of memory", "_ALLOC_FAILED", "_ALLOCATION_FAILED")
+    return isinstance(e, torch.OutOfMemoryError | MemoryError) or any(words in str(e) for words in said)

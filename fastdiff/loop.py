@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import cpu, native, ops, rewrite
+from .devices import out_of_memory
 from .fused import FusedUNet
 from .noise import counter
 from .reference import COLUMNS, SLOTS
@@ -461,12 +462,12 @@ class Loop:
                 with self._capturing() as graph:
                     for _ in range(many):
                         self.step(guided)
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as e:
+                if out_of_memory(e):
+                    raise
                 # Where a capture cannot be ended either, what went wrong in it is the reason.
                 reason = e.__context__ if isinstance(e.__context__, RuntimeError) else e
-                if isinstance(reason, torch.OutOfMemoryError):
+                if out_of_memory(reason):
                     raise reason from None
                 self.engine.capture, self.graphs, self.pool = False, {}, None
                 self._leave_capture()

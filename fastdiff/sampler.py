@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import cpu, fused, native, noise, ops, rewrite, solvers, tuned, ways
-from .devices import pick_device
+from .devices import out_of_memory, pick_device
 from .loop import BUILDING, CHUNK, Engine, Guide, Kind, Loop, Network, State
 from .noise import column64, signed
 from .progress import calm_bar
@@ -288,7 +288,7 @@ class Sampler:
                         self._untold = network.stamp  # a last layer of zeros, as networks begin with, says nothing of what comes before it
                     self._same |= {rows: fits and all(torch.equal(call(i, i + rows), full[i : i + rows]) for i in places), most: True}
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
-                if most == 1 or not _is_out_of_memory(e):
+                if most == 1 or not out_of_memory(e):
                     raise
                 self._room = most // 2
                 self._same.clear()
@@ -346,7 +346,7 @@ class Sampler:
             try:
                 return work(size)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
-                if size == 1 or not _is_out_of_memory(e):
+                if size == 1 or not out_of_memory(e):
                     raise
             # Here, where the error holds on to nothing any more.
             self._room = size * (2 if guided else 1) // 2
@@ -1010,10 +1010,6 @@ def _count(n: object) -> None:
 
 def _real(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_out_of_memory(e: BaseException) -> bool:
-    return isinstance(e, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(e)
 
 
 def by_cost(n: int, most: int, threads: int, shared: bool, tiled: bool = False) -> list[int]:

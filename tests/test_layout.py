@@ -14,8 +14,8 @@ PACKAGE = ROOT / "fastdiff"
 
 # A module may import those of the lines above its own, and what its line names of its own.
 LAYERS = [
-    {"files", "parts", "early"},
-    {"schedules", "reference", "data", "unet", "version", "cli", "devices", "tuned", "ideal", "metrics"},
+    {"files", "parts", "early", "devices"},
+    {"schedules", "reference", "data", "unet", "version", "cli", "tuned", "ideal", "metrics"},
     {"distributed", "unet2d", "solvers", "library", "ways", "pictures", "native"},
     {"ops", "progress", "runs"},
     {"noise", "fused", "rewrite", "collect", "cpu"},

@@ -376,6 +376,32 @@ def test_a_capture_that_cannot_be_ended_leaves_nothing_changed(graphs, monkeypat
     assert len(made) == 2
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("Tried"), RuntimeError("CUDA error: out of memory")], ids=["allocator", "CUDA"])
+@pytest.mark.parametrize("ended", [True, False])
+def test_out_of_memory_in_a_capture_halves_the_micro_batch(network, graphs, monkeypatch, error, ended):
+    sizes = []
+
+    @contextlib.contextmanager
+    def graph(tape, **_):
+        with tape:
+            yield
+        ((_, args, *_), *_) = [done for done in tape.done if done[0] is fastdiff_ops.solver_step.default]
+        sizes.append(len(args[0]))
+        if sizes[-1] > 1:
+            try:
+                raise type(error)(*error.args)
+            finally:
+                if not ended:
+                    raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with pytest.warns(UserWarning, match=r"out of memory with [42] images at a time; going on with [21]$") as said:
+        images = make(network)(2, labels=1)
+    assert len(said) == 2 and sizes == [4, 2, 1]
+    monkeypatch.undo()
+    torch.testing.assert_close(images, make(network)(2, labels=1), atol=1e-5, rtol=0)
+
+
 def test_a_guided_step_by_a_function_is_not_captured(network, graphs):
     made, log = graphs
     images = make(network, steps=20)(6, labels=1, guide=lambda state: state.x0 * float(state.alpha))

@@ -770,6 +770,15 @@ ROOM = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     MemoryError(),
     RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+    *(
+        RuntimeError(text)
+        for text in (
+            "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+            "Triton Error [CUDA]: out of memory",
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        )
+    ),
 ]
 
 
@@ -1077,7 +1086,7 @@ class Mixed(Scaled):
         return self.head(self.stem(x).float())
 
 
-@pytest.mark.parametrize("error", ROOM, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("error", ROOM, ids=lambda e: str(e)[:40] or type(e).__name__)
 @pytest.mark.parametrize(
     ("n", "micro_batch", "guidance", "most", "sizes"),
     [
