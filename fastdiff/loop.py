@@ -463,14 +463,13 @@ class Loop:
                     for _ in range(many):
                         self.step(guided)
             except RuntimeError as e:
-                if out_of_memory(e):
-                    raise
+                self.pool = None
+                self._leave_capture()
                 # Where a capture cannot be ended either, what went wrong in it is the reason.
-                reason = e.__context__ if isinstance(e.__context__, RuntimeError) else e
+                reason = e.__context__ if isinstance(e.__context__, RuntimeError) and not out_of_memory(e) else e
                 if out_of_memory(reason):
                     raise reason from None
-                self.engine.capture, self.graphs, self.pool = False, {}, None
-                self._leave_capture()
+                self.engine.capture, self.graphs = False, {}
                 what = (str(reason).splitlines() or [type(reason).__name__])[0]
                 warnings.warn(f"the network cannot be captured in a CUDA graph, so it runs without: {what}", stacklevel=2)
                 return

@@ -385,8 +385,8 @@ def test_out_of_memory_in_a_capture_halves_the_micro_batch(network, graphs, monk
     def graph(tape, **_):
         with tape:
             yield
-        ((_, args, *_), *_) = [done for done in tape.done if done[0] is fastdiff_ops.solver_step.default]
-        sizes.append(len(args[0]))
+        steps = [args for op, args, *_ in tape.done if op is fastdiff_ops.solver_step.default]
+        sizes.append(len(steps[0][0]) if steps else 0)
         if sizes[-1] > 1:
             try:
                 raise type(error)(*error.args)
@@ -397,7 +397,7 @@ def test_out_of_memory_in_a_capture_halves_the_micro_batch(network, graphs, monk
     monkeypatch.setattr(torch.cuda, "graph", graph)
     with pytest.warns(UserWarning, match=r"out of memory with [42] images at a time; going on with [21]$") as said:
         images = make(network)(2, labels=1)
-    assert len(said) == 2 and sizes == [4, 2, 1]
+    assert len(said) == 2 and sizes == [4, 0, 2, 0, 1]  # between them the captures that take the generator out
     monkeypatch.undo()
     torch.testing.assert_close(images, make(network)(2, labels=1), atol=1e-5, rtol=0)
 
