@@ -1324,9 +1324,9 @@ def accelerate(
     a micro-batch in CUDA graphs where noise is not asked of a generator, row by row where it is, so that the images are those of before from
     the same generator. With `pipe.scheduler.use(noise="counter")` and no generator the noise is made within the graphs. Its call also takes
     class_labels and callback. dtype: what the network computes in, torch.float32, bfloat16 or float16, default its own; torch.bfloat16 is faster on
-    CUDA, and near the same images. compile, micro_batch: as `Sampler`'s, but a micro-batch is by default as large as the batch, up to what suits the
-    device, and "fused" runs a UNet2DModel as `fastdiff.accelerate` has it. Weights are followed, whatever changes them. A network that gives numbers
-    that are not finite is an error.
+    CUDA and on a CPU with AMX, and near the same images. compile, micro_batch: as `Sampler`'s, but a micro-batch is by default as large as the batch,
+    up to what suits the device, and "fused" runs a UNet2DModel as `fastdiff.accelerate` has it. Weights are followed, whatever changes them. A network
+    that gives numbers that are not finite is an error.
 
     Where the loop cannot be fastdiff's, as with a scheduler that it has none of, it is diffusers' own, and what only fastdiff's has is an error.
     In any other pipeline, its own loop stays: a scheduler that fastdiff has is swapped, and the UNet is compiled (on CUDA, or with
