@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import fuzz
@@ -34,13 +35,18 @@ def test_what_was_read_is_let_go_of():
     files = [path.read_bytes() for path in sorted((fuzz.CORPUS / "image").iterdir())]
     found = [fuzz.run("image", content) for content in files]  # all of them, for what is made but once
     assert any(found)
-    gc.collect()
+    while gc.collect():  # what was here before
+        pass
     gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
     try:
         for content in files:
             fuzz.run("image", content)
-        assert gc.collect() == 0
+        gc.collect()
+        assert [v for v in gc.garbage if isinstance(v, types.FrameType)] == []
     finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
         gc.enable()
 
 
