@@ -16,7 +16,8 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 START, END = "<!-- speed:start -->", "<!-- speed:end -->"
 NAMES = {
-    "ours": "fastdiff", "fastdiff_eager": "fastdiff, eager", "fastdiff_own_batch": "fastdiff, own micro-batch, not compiled",
+    "ours": "fastdiff", "fastdiff_eager": "fastdiff, eager", "fastdiff_float32": "fastdiff, float32",
+    "fastdiff_own_batch": "fastdiff, own micro-batch, not compiled",
     "fastdiff_own_batch_compiled": "fastdiff, own micro-batch", "plain": "plain PyTorch loop", "diffusers": "diffusers",
     "diffusers_best": "diffusers, best settings", "k_diffusion": "k-diffusion", "eager": "plain PyTorch loop",
 }  # fmt: skip
