@@ -51,7 +51,7 @@ def test_import(benchmark, rounds, describe):
     benchmark.extra_info |= {
         **describe("cpu", torch.float32, ()), "import_torch_s": round(torch_s, 3), "import_fastdiff_over_torch_s": round(own_s, 3),
     }  # fmt: skip
-    assert own_s < 0.3
+    assert min(own for _, own in found) < 0.3  # the least disturbed one: what else a machine does only adds
 
 
 @pytest.mark.parametrize("way", ["eager", "compiled"])
