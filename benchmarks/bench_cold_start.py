@@ -18,9 +18,9 @@ IMPORT = """
 import json, time
 began = time.perf_counter()
 import torch
-middle = time.perf_counter()
+middle, worked = time.perf_counter(), time.process_time()
 import fastdiff
-print(json.dumps([middle - began, time.perf_counter() - middle]))
+print(json.dumps([middle - began, time.perf_counter() - middle, time.process_time() - worked]))
 """
 CALLS = """
 import time, json, sys, torch, fastdiff
@@ -47,11 +47,11 @@ def test_import(benchmark, rounds, describe):
     """fastdiff over torch, which it needs anyway."""
     benchmark.pedantic(lambda: measured(IMPORT), rounds=1)
     found = [measured(IMPORT) for _ in range(rounds)]
-    torch_s, own_s = (median(v) for v in zip(*found, strict=True))
+    torch_s, own_s, worked_s = (median(v) for v in zip(*found, strict=True))
     benchmark.extra_info |= {
         **describe("cpu", torch.float32, ()), "import_torch_s": round(torch_s, 3), "import_fastdiff_over_torch_s": round(own_s, 3),
     }  # fmt: skip
-    assert min(own for _, own in found) < 0.3  # the least disturbed one: what else a machine does only adds
+    assert worked_s < 0.3  # of the processor's time, for the clock's is also that of whatever else runs
 
 
 @pytest.mark.parametrize("way", ["eager", "compiled"])
