@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdiff import Checkpoint, Schedule, UNet, UNetConfig, noise
+from fastdiff import Checkpoint, Schedule, UNet, UNetConfig, native, noise, reference
 from fastdiff.data import Dataset
 from fastdiff.reference import COLUMNS, SLOTS
 from fastdiff.solvers import Table
@@ -183,3 +183,81 @@ def within_arguments() -> Iterator[None]:
         for name, mask in (("create_masked_load", 0), ("create_masked_store", 1)):
             patch.setattr(InterpreterBuilder, name, watched(getattr(InterpreterBuilder, name), mask))
         yield
+
+
+Build = Callable[[], native.Block]
+
+
+def blocks(
+    layer: Callable[..., native.Layer], skip: Callable[[int, int], Tensor], least: int, beside: int
+) -> dict[str, tuple[int, int, Build]]:
+    """Blocks of every kind: channels, those beside them, and what builds one, of one way's layers and skips. least: channels that it takes;
+    beside: channels beside 48."""
+    return {
+        "a convolution": (least, 0, lambda: native.Block([layer(least, 64, norm=False)], alone=True)),
+        "a norm before it": (32, 0, lambda: native.Block([layer(32, 32, bias=False)])),
+        "no SiLU, half of it": (32, 0, lambda: native.Block([layer(32, 32, silu=False)], times=0.5, alone=True)),
+        "a block": (64, 0, lambda: native.Block([layer(64, 64), layer(64, 64)])),
+        "a block of few that becomes many": (32, 0, lambda: native.Block([layer(32, 96), layer(96, 96)], skip=skip(32, 96))),
+        "a block of many that becomes few": (96, 0, lambda: native.Block([layer(96, 32), layer(32, 64, bias=False)], skip=skip(96, 64))),
+        "channels beside it": (
+            48, beside, lambda: native.Block([layer(48 + beside, 64), layer(64, 64)], skip=skip(48 + beside, 64), times=0.7)
+        ),
+        "channels beside it, no skip": (16, 48, lambda: native.Block([layer(64, 32, bias=False), layer(32, 64)])),
+        "channels beside it, alone": (16, 16, lambda: native.Block([layer(32, 64, norm=False), layer(64, 32)], alone=True)),
+        "a style that is added": (32, 0, lambda: native.Block([layer(32, 64, bias=False), layer(64, 32)], added=True)),
+    }  # fmt: skip
+
+
+def block_definition(
+    block: native.Block,
+    x: Tensor,
+    beside: Tensor | None,
+    style: Tensor | None,
+    convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    skip: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """What a `native.Block` computes, in fp64. convolve(x, weight, bias), skip(x, matrix): of weights as the block has them."""
+    whole = (x if beside is None else torch.cat([x, beside], 1)).double()
+    made = whole
+    for i, (norm, weight, bias) in enumerate(block.layers):
+        own = None if style is None or i + 1 < len(block.layers) else style.double()
+        if block.added and own is not None:
+            made, own = made + own[:, :, None, None], None
+        if norm is not None:
+            last = made.permute(0, 2, 3, 1).contiguous()
+            last = reference.group_norm_silu(last, norm.gamma, norm.beta, own, None, norm.groups, norm.eps, norm.silu, None)
+            made = last.permute(0, 3, 1, 2)
+        made = convolve(made, weight, None if bias is None else bias.double())
+    if block.skip is not None:
+        made = made + skip(whole, block.skip)
+    elif not block.told.alone:
+        made = made + whole
+    return made * block.told.times
+
+
+def guarded(numel: int, around: float, fill: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Memory among others: (all of it, [numel] in the middle). fill: what is in it, images as channels-last."""
+    whole = torch.full((numel + 128,), around, dtype=torch.float32 if fill is None else fill.dtype)
+    inner = whole[64:-64]
+    if fill is not None:
+        inner.copy_(fill.permute(0, 2, 3, 1).flatten() if fill.ndim == 4 else fill.flatten())
+    return whole, inner
+
+
+def untouched(whole: Tensor, around: float = 7.0) -> bool:
+    return bool((whole[:64] == around).all() and (whole[-64:] == around).all())
+
+
+def in_memory_of_its_own(block: native.Block) -> native.Block:
+    """The block, with all that C reads of it among NaN."""
+
+    def kept(tensor: Tensor) -> Tensor:
+        return guarded(tensor.numel(), torch.nan, tensor.flatten())[1].view(tensor.shape)
+
+    layers = []
+    for norm, weight, bias in block.layers:
+        norm = norm and norm._replace(gamma=kept(norm.gamma), beta=kept(norm.beta))
+        layers.append(native.Layer(norm, kept(weight), None if bias is None else kept(bias)))
+    options = {"times": block.told.times, "alone": bool(block.told.alone), "added": block.added}
+    return native.Block(layers, skip=None if block.skip is None else kept(block.skip), **options)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SMALL, small_network
+from helpers import SMALL, block_definition, blocks, guarded, in_memory_of_its_own, small_network, untouched
 from torch import nn
 
 import fastdiff
@@ -306,24 +306,13 @@ def test_other_layouts_are_taken():
 
 
 def definition(block, x, beside, style):
-    """What a `native.Block` computes, in fp64."""
-    whole = (x if beside is None else torch.cat([x, beside], 1)).double()
-    made = whole
-    for i, (norm, weight, bias) in enumerate(block.layers):
-        own = None if style is None or i + 1 < len(block.layers) else style.double()
-        if block.added and own is not None:
-            made, own = made + own[:, :, None, None], None
-        if norm is not None:
-            made = made.permute(0, 2, 3, 1).contiguous()
-            made = reference.group_norm_silu(made, norm.gamma, norm.beta, own, None, norm.groups, norm.eps, norm.silu, None).permute(
-                0, 3, 1, 2
-            )
-        made = reference.winograd_conv3x3(made, weight.double(), None if bias is None else bias.double())
-    if block.skip is not None:
-        made = made + torch.einsum("nchw,pcd->npdhw", whole, block.skip.double()).flatten(1, 2)
-    elif not block.told.alone:
-        made = made + whole
-    return made * block.told.times
+    def convolve(x, weight, bias):
+        return reference.winograd_conv3x3(x, weight.double(), bias)
+
+    def skip(x, panels):
+        return torch.einsum("nchw,pcd->npdhw", x, panels.double()).flatten(1, 2)
+
+    return block_definition(block, x, beside, style, convolve, skip)
 
 
 def layer(c_in, c_out, norm=True, bias=True, silu=True):
@@ -336,31 +325,7 @@ def skip(c_in, c_out):
     return reference.panels(convolution(c_in, c_out).weight[:, :, 1, 1].t())
 
 
-BLOCKS = {
-    "a convolution": (16, 0, lambda: native.Block([layer(16, 64, norm=False)], alone=True)),
-    "a norm before it": (32, 0, lambda: native.Block([layer(32, 32, bias=False)])),
-    "no SiLU, half of it": (32, 0, lambda: native.Block([layer(32, 32, silu=False)], times=0.5, alone=True)),
-    "a block": (64, 0, lambda: native.Block([layer(64, 64), layer(64, 64)])),
-    "a block of few that becomes many": (32, 0, lambda: native.Block([layer(32, 96), layer(96, 96)], skip=skip(32, 96))),
-    "a block of many that becomes few": (96, 0, lambda: native.Block([layer(96, 32), layer(32, 64, bias=False)], skip=skip(96, 64))),
-    "channels beside it": (48, 32, lambda: native.Block([layer(80, 64), layer(64, 64)], skip=skip(80, 64), times=0.7)),
-    "channels beside it, no skip": (16, 48, lambda: native.Block([layer(64, 32, bias=False), layer(32, 64)])),
-    "channels beside it, alone": (16, 16, lambda: native.Block([layer(32, 64, norm=False), layer(64, 32)], alone=True)),
-    "a style that is added": (32, 0, lambda: native.Block([layer(32, 64, bias=False), layer(64, 32)], added=True)),
-}
-
-
-def guarded(numel, around, fill=None):
-    """Memory among others: (all of it, [numel] in the middle)."""
-    whole = torch.full((numel + 128,), around)
-    inner = whole[64:-64]
-    if fill is not None:
-        inner.copy_(fill.permute(0, 2, 3, 1).flatten() if fill.ndim == 4 else fill.flatten())
-    return whole, inner
-
-
-def untouched(whole, around=7.0):
-    return bool((whole[:64] == around).all() and (whole[-64:] == around).all())
+BLOCKS = blocks(layer, skip, least=16, beside=32)
 
 
 @pytest.mark.parametrize("n", [0, 1, 5])
@@ -382,24 +347,14 @@ def test_a_block_is_its_definition(name, styled, n):
 def test_the_kernels_touch_their_own_alone(name, cores):
     """What they read stands among NaN, and what they write among sevens."""
     c, c_beside, build = BLOCKS[name]
-    block, n, h, w = build(), 5, 4, 8
-    library = native._library()
-
-    def kept(tensor):
-        return guarded(tensor.numel(), torch.nan, tensor)[1].view(tensor.shape)
-
-    for i, (norm, weight, bias) in enumerate(block.layers):
-        norm = norm and norm._replace(gamma=kept(norm.gamma), beta=kept(norm.beta))
-        block.layers[i] = native.Layer(norm, kept(weight), None if bias is None else kept(bias))
-    options = {"times": block.told.times, "alone": bool(block.told.alone), "added": block.added}
-    block = native.Block(block.layers, skip=None if block.skip is None else kept(block.skip), **options)
+    block, n, h, w = in_memory_of_its_own(build()), 5, 4, 8
     _, x = guarded(n * h * w * c, torch.nan, images(n, c, h, w))
     _, beside = guarded(n * h * w * c_beside, torch.nan, images(n, c_beside, h, w)) if c_beside else (None, None)
     _, style = guarded(n * block.style, torch.nan, torch.ones(n, block.style)) if block.style else (None, None)
     part = 2
     used, scratch = guarded(native._scratch_numel(part, h, w, block.widest), 7.0, torch.tensor(torch.nan))
     outer, y = guarded(n * h * w * block.c_out, 7.0)
-    library.fastdiff_block(
+    native._library().fastdiff_block(
         block.told, x.data_ptr(), None if beside is None else beside.data_ptr(), c_beside, None if style is None else style.data_ptr(),
         block.style, y.data_ptr(), n, h, w, part, cores, scratch.data_ptr(),
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import small_network
+from helpers import block_definition, blocks, guarded, in_memory_of_its_own, small_network, untouched
 from torch import nn
 
 from fastdiff import Sampler, Schedule, UNetConfig, cpu, native, reference
@@ -32,18 +32,7 @@ def skip(c_in, c_out):
     return reference.tiles(drawn(c_in, c_out) / c_in**0.5)
 
 
-BLOCKS = {
-    "a convolution": (32, 0, lambda: native.Block([layer(32, 64, norm=False)], alone=True)),
-    "a norm before it": (32, 0, lambda: native.Block([layer(32, 32, bias=False)])),
-    "no SiLU, half of it": (32, 0, lambda: native.Block([layer(32, 32, silu=False)], times=0.5, alone=True)),
-    "a block": (64, 0, lambda: native.Block([layer(64, 64), layer(64, 64)])),
-    "a block of few that becomes many": (32, 0, lambda: native.Block([layer(32, 96), layer(96, 96)], skip=skip(32, 96))),
-    "a block of many that becomes few": (96, 0, lambda: native.Block([layer(96, 32), layer(32, 64, bias=False)], skip=skip(96, 64))),
-    "channels beside it": (48, 16, lambda: native.Block([layer(64, 64), layer(64, 64)], skip=skip(64, 64), times=0.7)),
-    "channels beside it, no skip": (16, 48, lambda: native.Block([layer(64, 32, bias=False), layer(32, 64)])),
-    "channels beside it, alone": (16, 16, lambda: native.Block([layer(32, 64, norm=False), layer(64, 32)], alone=True)),
-    "a style that is added": (32, 0, lambda: native.Block([layer(32, 64, bias=False), layer(64, 32)], added=True)),
-}
+BLOCKS = blocks(layer, skip, least=32, beside=16)
 
 
 def matrix(tiles):
@@ -57,25 +46,16 @@ def rounded(x):
 
 
 def definition(block, x, beside, style):
-    """What a `native.Block` of tiles computes, in fp64 but for the factors."""
-    whole = (x if beside is None else torch.cat([x, beside], 1)).double()
-    made = whole
-    for i, (norm, tiles, bias) in enumerate(block.layers):
-        own = None if style is None or i + 1 < len(block.layers) else style.double()
-        if block.added and own is not None:
-            made, own = made + own[:, :, None, None], None
-        if norm is not None:
-            made = made.permute(0, 2, 3, 1).contiguous()
-            made = reference.group_norm_silu(made, norm.gamma, norm.beta, own, None, norm.groups, norm.eps, norm.silu, None).permute(
-                0, 3, 1, 2
-            )
+    """In fp64 but for the factors."""
+
+    def convolve(x, tiles, bias):
         taps = matrix(tiles).double().reshape(3, 3, -1, 32 * len(tiles)).permute(3, 2, 0, 1)
-        made = nn.functional.conv2d(rounded(made), taps, None if bias is None else bias.double(), padding=1)
-    if block.skip is not None:
-        made = made + torch.einsum("nchw,cd->ndhw", rounded(whole), matrix(block.skip).double())
-    elif not block.told.alone:
-        made = made + whole
-    return made * block.told.times
+        return nn.functional.conv2d(rounded(x), taps, bias, padding=1)
+
+    def skip(x, tiles):
+        return torch.einsum("nchw,cd->ndhw", rounded(x), matrix(tiles).double())
+
+    return block_definition(block, x, beside, style, convolve, skip)
 
 
 def test_a_matrix_in_tiles():
@@ -105,34 +85,12 @@ def test_a_block_is_its_definition(name, styled, n, size):
     torch.testing.assert_close(made.double(), definition(block, x, beside, style), atol=tolerance, rtol=0, check_stride=False)
 
 
-def guarded(numel, around, fill=None):
-    """Memory among others: (all of it, [numel] in the middle)."""
-    whole = torch.full((numel + 128,), around, dtype=torch.float32 if fill is None else fill.dtype)
-    inner = whole[64:-64]
-    if fill is not None:
-        inner.copy_(fill.permute(0, 2, 3, 1).flatten() if fill.ndim == 4 else fill.flatten())
-    return whole, inner
-
-
-def untouched(whole, around=7.0):
-    return bool((whole[:64] == around).all() and (whole[-64:] == around).all())
-
-
 @tiles_here
 @pytest.mark.parametrize("name", BLOCKS)
 def test_the_kernels_touch_their_own_alone(name):
     """What they read stands among NaN, and what they write among sevens."""
     c, c_beside, build = BLOCKS[name]
-    block, n, h, w = build(), 5, 3, 8
-
-    def kept(tensor):
-        return guarded(tensor.numel(), torch.nan, tensor.flatten())[1].view(tensor.shape)
-
-    for i, (norm, tiles, bias) in enumerate(block.layers):
-        norm = norm and norm._replace(gamma=kept(norm.gamma), beta=kept(norm.beta))
-        block.layers[i] = native.Layer(norm, kept(tiles), None if bias is None else kept(bias))
-    options = {"times": block.told.times, "alone": bool(block.told.alone), "added": block.added}
-    block = native.Block(block.layers, skip=None if block.skip is None else kept(block.skip), **options)
+    block, n, h, w = in_memory_of_its_own(build()), 5, 3, 8
     _, x = guarded(n * h * w * c, torch.nan, images(n, c, h, w))
     _, beside = guarded(n * h * w * c_beside, torch.nan, images(n, c_beside, h, w)) if c_beside else (None, None)
     _, style = guarded(n * block.style, torch.nan, torch.ones(n, block.style)) if block.style else (None, None)
